@@ -1,0 +1,287 @@
+"""Who pays for a model call and for what: the call context, and the scope that adds up what was spent in it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, replace
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+from .identity import validate_id, validate_labels
+from .types import Receipt
+from .usage.types import TokenUsage
+
+_NO_LABELS: Mapping[str, str] = MappingProxyType({})
+_MAX_RECEIPTS = 10_000
+
+_FIELDS = (
+    "principal_id",
+    "user_id",
+    "feature_code",
+    "feature_family_code",
+    "budget_id",
+    "end_user",
+    "request_id",
+    "idempotency_key",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CallContext:
+    """An immutable answer to "who pays, and for what?". It is captured when an operation starts, never read later.
+
+    Attributes:
+        principal_id: the customer who pays.
+        user_id: the purse within the customer; the principal itself where not given (design rule 11).
+        feature_code: what is sold, in place of the code derived from the model.
+        feature_family_code: the family of that feature.
+        budget_id: a budget that binds this work (a uuid in the ``lease_token`` dialect).
+        labels: text stored with the booking.
+        end_user: who used it, as a label; it has no purse.
+        request_id: the caller's own request id, sent to the gate and stored as a label.
+        idempotency_key: names a job that may be run more than once (design rule 17).
+        scopes: the scopes that add up this call, innermost last.
+    """
+
+    principal_id: str | None = None
+    user_id: str | None = None
+    feature_code: str | None = None
+    feature_family_code: str | None = None
+    budget_id: str | None = None
+    end_user: str | None = None
+    request_id: str | None = None
+    idempotency_key: str | None = None
+    labels: Mapping[str, str] = _NO_LABELS
+    scopes: tuple[Scope, ...] = ()
+
+    def override(self, other: CallContext) -> CallContext:
+        """This context with every field that ``other`` sets; labels are merged, scopes joined.
+
+        Another principal never inherits the purse of this one: ``user_id``, ``budget_id`` and ``end_user`` are taken
+        from ``other`` alone when it names a different principal.
+        """
+        changes: dict[str, Any] = {name: value for name in _FIELDS if (value := getattr(other, name)) is not None}
+        if other.principal_id is not None and other.principal_id != self.principal_id:
+            for name in ("user_id", "budget_id", "end_user"):
+                changes[name] = getattr(other, name)
+        if other.labels:
+            changes["labels"] = MappingProxyType({**self.labels, **other.labels})
+        if other.scopes:
+            changes["scopes"] = (*self.scopes, *(scope for scope in other.scopes if scope not in self.scopes))
+        return replace(self, **changes) if changes else self
+
+
+def make_context(
+    *,
+    principal_id: str | None = None,
+    user_id: str | None = None,
+    feature_code: str | None = None,
+    feature_family_code: str | None = None,
+    budget_id: str | None = None,
+    labels: Mapping[str, object] | None = None,
+    end_user: str | None = None,
+    request_id: str | None = None,
+    idempotency_key: str | None = None,
+) -> CallContext:
+    """A validated `CallContext`.
+
+    Raises:
+        ConfigurationError: an id is empty, too long, outside Latin-1 or has blanks at an edge; a label is unusable.
+    """
+    given = {
+        "principal_id": principal_id,
+        "user_id": user_id,
+        "feature_code": feature_code,
+        "feature_family_code": feature_family_code,
+        "budget_id": budget_id,
+        "end_user": end_user,
+        "request_id": request_id,
+        "idempotency_key": idempotency_key,
+    }
+    for name, value in given.items():
+        if value is not None:
+            validate_id(value, name)
+    clean = MappingProxyType(validate_labels(labels)) if labels else _NO_LABELS
+    return CallContext(**given, labels=clean)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    estimated_xusd: int
+
+
+class Scope:
+    """What was spent inside one ``with call_context(...)``, nested contexts included.
+
+    Settling happens in the background: `wait` until nothing is pending before reading final figures. Safe to read
+    from any thread. At most the last 10,000 receipts are kept; the sums count all.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._pending: dict[str, _Entry] = {}
+        self._receipts: deque[Receipt] = deque(maxlen=_MAX_RECEIPTS)
+        self._usage = TokenUsage()
+        self._settled_xusd = 0
+        self._estimated_xusd = 0
+        self._occurrences: dict[str, int] = {}
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        """The receipts so far, in the order in which they came."""
+        with self._changed:
+            return list(self._receipts)
+
+    @property
+    def usage(self) -> TokenUsage:
+        """The tokens of all completed calls, known as soon as each call ends (also before it is settled)."""
+        with self._changed:
+            return self._usage
+
+    @property
+    def settled_xusd(self) -> int:
+        """What the gate charged so far, in XUSD."""
+        with self._changed:
+            return self._settled_xusd
+
+    @property
+    def estimated_xusd(self) -> int:
+        """What the operations that are still pending will cost by their estimate, in XUSD (0 where prices are not known)."""
+        with self._changed:
+            return self._estimated_xusd
+
+    @property
+    def pending(self) -> int:
+        """How many operations were started and are not settled yet."""
+        with self._changed:
+            return len(self._pending)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait at most ``timeout`` seconds until nothing is pending; False where something still is.
+
+        Do not call it on an event loop's thread: use `wait_async` there.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while self._pending:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._changed.wait(left)
+            return True
+
+    async def wait_async(self, timeout: float | None = None) -> bool:
+        """`wait` for coroutines: the loop goes on meanwhile."""
+        import asyncio
+
+        if not self.pending:
+            return True
+        return await asyncio.to_thread(self.wait, timeout)
+
+    # -- told by the lifecycle, from any thread ------------------------------------------------------------------
+
+    def opened(self, operation_id: str, estimated_xusd: int = 0) -> None:
+        """An operation started in this scope."""
+        with self._changed:
+            self._pending[operation_id] = _Entry(estimated_xusd)
+            self._estimated_xusd += estimated_xusd
+
+    def used(self, usage: TokenUsage) -> None:
+        """An operation completed with this usage."""
+        with self._changed:
+            self._usage = self._usage + usage
+
+    def closed(self, operation_id: str, receipt: Receipt | None) -> None:
+        """An operation came to its end; ``receipt`` is None where the gate had nothing to say."""
+        with self._changed:
+            entry = self._pending.pop(operation_id, None)
+            if entry is not None:
+                self._estimated_xusd -= entry.estimated_xusd
+            if receipt is not None:
+                self._receipts.append(receipt)
+                if receipt.charged and receipt.charged_xusd:
+                    self._settled_xusd += receipt.charged_xusd
+            self._changed.notify_all()
+
+    def occurrence(self, fingerprint: str) -> int:
+        """How often this request was made in the scope before, counted from 0 (design rule 17)."""
+        with self._changed:
+            n = self._occurrences.get(fingerprint, 0)
+            self._occurrences[fingerprint] = n + 1
+            return n
+
+
+_current: ContextVar[CallContext | None] = ContextVar("vluna_llm_call_context", default=None)
+
+
+def current_context() -> CallContext:
+    """The context of the running task or thread; an empty one where none was entered."""
+    return _current.get() or _EMPTY
+
+
+class call_context:  # noqa: N801 - reads as a verb phrase where it is used: with call_context(...)
+    """Name who pays for the model calls inside a ``with`` (or ``async with``); contexts nest, the inner one wins.
+
+    Entering gives a `Scope`. The context follows `contextvars`: into tasks and callbacks started inside, not into
+    threads. A generator handed to a web framework inside the ``with`` runs after it was left: use ``vluna.bind`` there.
+
+    Raises:
+        ConfigurationError: on construction, for an id that could not be signed or a label that could not be stored.
+    """
+
+    def __init__(
+        self,
+        *,
+        principal_id: str | None = None,
+        user_id: str | None = None,
+        feature_code: str | None = None,
+        feature_family_code: str | None = None,
+        budget_id: str | None = None,
+        labels: Mapping[str, object] | None = None,
+        end_user: str | None = None,
+        request_id: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> None:
+        self._own = make_context(
+            principal_id=principal_id,
+            user_id=user_id,
+            feature_code=feature_code,
+            feature_family_code=feature_family_code,
+            budget_id=budget_id,
+            labels=labels,
+            end_user=end_user,
+            request_id=request_id,
+            idempotency_key=idempotency_key,
+        )
+        self._entered: list[tuple[CallContext, Token[CallContext | None]]] = []
+
+    def __enter__(self) -> Scope:
+        scope = Scope()
+        merged = current_context().override(replace(self._own, scopes=(scope,)))
+        self._entered.append((merged, _current.set(merged)))
+        return scope
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _, token = self._entered.pop()
+        try:
+            _current.reset(token)
+        except ValueError:
+            # Left in another task than it was entered in (a generator closed elsewhere): that task never saw it.
+            pass
+
+    async def __aenter__(self) -> Scope:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.__exit__(kind, value, traceback)
+
+
+_EMPTY = CallContext()

@@ -1,0 +1,179 @@
+"""The three machines of one operation: admission, work and settlement. Pure: no clock, no I/O, no locks.
+
+An operation is one logical model call. Its state is a frozen value; every event is a method that returns the next
+state. Events may come in any order and more than once (a stream is closed by its consumer, by an error and by the
+garbage collector at about the same time): an event that no longer means anything returns the state unchanged.
+
+========== ============================================================================================
+admission  ``pending`` -> ``leased`` | ``ungated`` | ``denied``; ``unknown`` while an authorize timed out
+work       ``not_started`` -> ``running`` -> ``completed`` | ``failed`` | ``aborted`` | ``parked``
+settlement ``none`` -> ``pending`` -> ``sent`` -> ``booked`` | ``quarantined`` (-> ``rebooked``) |
+           ``refused`` | ``lapsed``; ``lost`` for work whose owner died
+========== ============================================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .types import Dialect, UsageSource
+from .usage.types import TokenUsage
+
+Admission = Literal["pending", "leased", "ungated", "denied", "unknown"]
+Work = Literal["not_started", "running", "completed", "failed", "aborted", "parked"]
+Settlement = Literal[
+    "none", "pending", "sent", "booked", "quarantined", "rebooked", "refused", "lapsed", "lost"
+]
+Route = Literal["commit", "cancel", "ingest"]
+
+TERMINAL: frozenset[Settlement] = frozenset({"booked", "rebooked", "refused", "lapsed"})
+
+
+@dataclass(frozen=True, slots=True)
+class OperationState:
+    """Where one operation stands.
+
+    ``route`` is how it is being settled. ``cancel_sent`` is remembered for ever: once the gate may have ended the
+    lease, usage that turns up can only be booked by ingest.
+    """
+
+    admission: Admission = "pending"
+    work: Work = "not_started"
+    settlement: Settlement = "none"
+    route: Route | None = None
+    dialect: Dialect = "lease_token"
+    usage: TokenUsage | None = None
+    usage_source: UsageSource | None = None
+    cancel_sent: bool = False
+
+    # -- admission -------------------------------------------------------------------------------------------------
+
+    def leased(self, dialect: Dialect) -> OperationState:
+        """Authorize returned a lease. A lease that turns up after the call went ungated changes nothing (rule 7)."""
+        if self.admission not in ("pending", "unknown") or self.work != "not_started":
+            return self
+        return replace(self, admission="leased", dialect=dialect)
+
+    def outcome_unknown(self) -> OperationState:
+        """Authorize was sent and no answer came."""
+        return replace(self, admission="unknown") if self.admission == "pending" else self
+
+    def ungated(self) -> OperationState:
+        """The call goes on without a lease; its usage is booked by ingest."""
+        if self.admission not in ("pending", "unknown") or self.work != "not_started":
+            return self
+        return replace(self, admission="ungated")
+
+    def denied(self) -> OperationState:
+        """The call is refused and nothing was spent."""
+        if self.admission not in ("pending", "unknown") or self.work != "not_started":
+            return self
+        return replace(self, admission="denied")
+
+    # -- work ------------------------------------------------------------------------------------------------------
+
+    @property
+    def may_run(self) -> bool:
+        """Whether the provider may be called."""
+        return self.admission in ("leased", "ungated")
+
+    def started(self) -> OperationState:
+        """The provider is being called."""
+        if not self.may_run or self.work != "not_started":
+            return self
+        return replace(self, work="running")
+
+    def completed(self, usage: TokenUsage, source: UsageSource) -> OperationState:
+        """The usage of the work is known. It outranks failure and abort until a settlement is on its way.
+
+        A cancel that was composed and not sent is withdrawn; one that was sent is followed by an ingest, since the
+        lease may be gone (rule 6). A usage of zero tokens charges nothing: the lease is cancelled (rule 5).
+        """
+        if self.work == "completed" or not self.may_run or self.work == "not_started":
+            return self
+        if self.settlement not in ("none", "pending", "sent", "lapsed", "lost") or (
+            self.settlement in ("pending", "sent", "lapsed") and self.route not in ("cancel", None)
+        ):
+            return self
+        done = replace(self, work="completed", usage=usage, usage_source=source)
+        if usage.total_tokens == 0:
+            return done if self.settlement in ("pending", "sent", "lapsed") else done._without_usage()
+        if self.admission == "leased" and not self.cancel_sent and self.settlement != "lost":
+            return replace(done, settlement="pending", route="commit")
+        if self.settlement == "lost" and self.admission == "leased":
+            # The owner was only asleep: nobody cancelled, the lease is as good as before.
+            return replace(done, settlement="pending", route="commit")
+        return replace(done, settlement="pending", route="ingest")
+
+    def failed(self) -> OperationState:
+        """The provider refused or broke and no usage can follow."""
+        return self._ended("failed")
+
+    def aborted(self) -> OperationState:
+        """The consumer left before the answer was finished and no usage can follow."""
+        return self._ended("aborted")
+
+    def parked(self) -> OperationState:
+        """The provider works on in the background; a later retrieve brings the usage and books it by ingest.
+
+        The lease is left to lapse: cancelling gives nothing back (gate contract 7.6).
+        """
+        if self.work != "running" or self.settlement != "none":
+            return self
+        return replace(self, work="parked", settlement="lapsed")
+
+    def _ended(self, work: Literal["failed", "aborted"]) -> OperationState:
+        if self.work != "running" or self.settlement != "none":
+            return self
+        return replace(self, work=work)._without_usage()
+
+    def _without_usage(self) -> OperationState:
+        if self.admission == "leased" and self.dialect == "lease_token" and not self.cancel_sent:
+            return replace(self, settlement="pending", route="cancel")
+        return replace(self, settlement="lapsed", route=None)
+
+    # -- settlement ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing more will be sent for this operation."""
+        return self.settlement in TERMINAL or self.admission == "denied"
+
+    def sent(self) -> OperationState:
+        """The settlement's bytes are about to leave; from here on they never change."""
+        if self.settlement not in ("pending", "sent"):
+            return self
+        return replace(self, settlement="sent", cancel_sent=self.cancel_sent or self.route == "cancel")
+
+    def booked(self) -> OperationState:
+        """The gate took the settlement: charged, or cancelled where that was asked."""
+        if self.settlement != "sent":
+            return self
+        return replace(self, settlement="lapsed" if self.route == "cancel" else "booked")
+
+    def quarantined(self) -> OperationState:
+        """The gate answered 200 and charged nothing (gate contract 9.2)."""
+        return replace(self, settlement="quarantined") if self.settlement == "sent" else self
+
+    def repair(self) -> OperationState:
+        """A quarantined commit is sent again as an ingest under a key derived from the commit's (rule 6)."""
+        if self.settlement != "quarantined":
+            return self
+        return replace(self, settlement="pending", route="ingest")
+
+    def rebooked(self) -> OperationState:
+        """The repair was charged."""
+        return replace(self, settlement="rebooked") if self.settlement == "sent" and self.route == "ingest" else self
+
+    def refused(self) -> OperationState:
+        """The gate will never take these bytes; an operator has to look."""
+        return replace(self, settlement="refused") if self.settlement in ("pending", "sent") else self
+
+    def lapsed(self) -> OperationState:
+        """Nothing is owed and nothing is sent; the lease runs out by itself."""
+        return replace(self, settlement="lapsed") if self.settlement in ("none", "pending", "sent") else self
+
+    def owner_died(self) -> OperationState:
+        """Found in the journal of a dead process with its work unfinished: charged nothing, listed (never cancelled)."""
+        return replace(self, settlement="lost") if self.settlement == "none" and self.admission != "denied" else self

@@ -92,7 +92,7 @@ def make_context(
     Raises:
         ConfigurationError: an id is empty, too long, outside Latin-1 or has blanks at an edge; a label is unusable.
     """
-    given = {
+    given: dict[str, Any] = {
         "principal_id": principal_id,
         "user_id": user_id,
         "feature_code": feature_code,
@@ -150,7 +150,7 @@ class Scope:
 
     @property
     def estimated_xusd(self) -> int:
-        """What the operations that are still pending will cost by their estimate, in XUSD (0 where prices are not known)."""
+        """What pending operations will cost by their estimate, in XUSD (0 where prices are not known)."""
         with self._changed:
             return self._estimated_xusd
 
@@ -223,7 +223,7 @@ def current_context() -> CallContext:
     return _current.get() or _EMPTY
 
 
-class call_context:  # noqa: N801 - reads as a verb phrase where it is used: with call_context(...)
+class call_context:
     """Name who pays for the model calls inside a ``with`` (or ``async with``); contexts nest, the inner one wins.
 
     Entering gives a `Scope`. The context follows `contextvars`: into tasks and callbacks started inside, not into

@@ -24,13 +24,17 @@ def validate_id(value: object, name: str) -> str:
         ConfigurationError: not text, empty, too long, blanks at an edge, control characters, outside Latin-1.
     """
     if not isinstance(value, str):
-        raise ConfigurationError(f"{name} must be text, not {type(value).__name__}; pass str(...) of your customer's id.")
+        raise ConfigurationError(
+            f"{name} must be text, not {type(value).__name__}; pass str(...) of your customer's id."
+        )
     if not value:
         raise ConfigurationError(f"{name} is empty; pass the id under which this customer is billed.")
     if len(value) > MAX_ID_LENGTH:
         raise ConfigurationError(f"{name} has {len(value)} characters; use at most {MAX_ID_LENGTH}.")
     if value != value.strip():
-        raise ConfigurationError(f"{name} {value!r} has blanks at its edges; strip them, or its signature cannot verify.")
+        raise ConfigurationError(
+            f"{name} {value!r} has blanks at its edges; strip them, or its signature cannot verify."
+        )
     try:
         encoded = value.encode("latin-1")
     except UnicodeEncodeError as error:

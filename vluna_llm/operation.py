@@ -22,9 +22,7 @@ from .usage.types import TokenUsage
 
 Admission = Literal["pending", "leased", "ungated", "denied", "unknown"]
 Work = Literal["not_started", "running", "completed", "failed", "aborted", "parked"]
-Settlement = Literal[
-    "none", "pending", "sent", "booked", "quarantined", "rebooked", "refused", "lapsed", "lost"
-]
+Settlement = Literal["none", "pending", "sent", "booked", "quarantined", "rebooked", "refused", "lapsed", "lost"]
 Route = Literal["commit", "cancel", "ingest"]
 
 TERMINAL: frozenset[Settlement] = frozenset({"booked", "rebooked", "refused", "lapsed"})
@@ -175,5 +173,5 @@ class OperationState:
         return replace(self, settlement="lapsed") if self.settlement in ("none", "pending", "sent") else self
 
     def owner_died(self) -> OperationState:
-        """Found in the journal of a dead process with its work unfinished: charged nothing, listed (never cancelled)."""
+        """Found unfinished in the journal of a dead process: charged nothing, never cancelled, listed."""
         return replace(self, settlement="lost") if self.settlement == "none" and self.admission != "denied" else self

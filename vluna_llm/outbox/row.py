@@ -1,0 +1,197 @@
+"""One operation as it is stored. No prompt, no answer and no key of the gate is ever part of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..operation import Admission, OperationState, Route, Settlement, Work
+from ..types import Dialect, UsageSource
+from ..usage.types import TokenUsage
+
+NEXT_STEP: Mapping[str, str] = {
+    "none": "in flight in its process",
+    "pending": "to be delivered",
+    "sent": "sent, answer not seen yet; delivered again with the same key and bytes",
+    "booked": "done: charged",
+    "quarantined": "not charged: fix the price or meter at the gate, then repair",
+    "rebooked": "done: charged by ingest",
+    "refused": "the gate will not take it: look at last_error",
+    "lapsed": "done: nothing owed",
+    "lost": "owner died in flight: usage unknown, charged nothing",
+}
+"""What happens next with a row, for a person who opens the file with ``sqlite3``."""
+
+
+_NEW = OperationState()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the journal; ``state`` is the operation's machine, the rest never changes its meaning.
+
+    Times are seconds since the epoch. ``body`` holds the settlement's exact bytes once composed; ``settle_key`` is its
+    idempotency key. ``base_url`` and ``realm_id`` say where it may be delivered, and nowhere else.
+    """
+
+    operation_id: str
+    base_url: str
+    realm_id: str
+    pid: int
+    principal_id: str
+    user_id: str
+    feature_code: str
+    created_at: float
+    authorize_key: str
+    settle_key: str
+    state: OperationState = _NEW
+    feature_family_code: str | None = None
+    budget_id: str | None = None
+    labels: Mapping[str, str] | None = None
+    model: str | None = None
+    estimated_input: int = 0
+    estimated_output: int = 0
+    lease_token: str | None = None
+    lease_id: str | None = None
+    response_id: str | None = None
+    request_id: str | None = None
+    trace_id: str | None = None
+    span_id: str | None = None
+    ended_at: float | None = None
+    path: str | None = None
+    body: bytes | None = None
+    attempts: int = 0
+    next_attempt_at: float = 0.0
+    last_error: str | None = None
+    receipt: str | None = None
+
+    @property
+    def lane(self) -> tuple[str, str]:
+        """Settlements of one (principal, user) go one after another (design rule 16)."""
+        return self.principal_id, self.user_id
+
+    def with_state(self, state: OperationState) -> Row:
+        """The row with another state."""
+        return replace(self, state=state)
+
+
+COLUMNS: Mapping[str, str] = {
+    "operation_id": "TEXT PRIMARY KEY",
+    "base_url": "TEXT NOT NULL",
+    "realm_id": "TEXT NOT NULL",
+    "pid": "INTEGER NOT NULL",
+    "principal_id": "TEXT NOT NULL",
+    "user_id": "TEXT NOT NULL",
+    "feature_code": "TEXT NOT NULL",
+    "created_at": "REAL NOT NULL",
+    "authorize_key": "TEXT NOT NULL",
+    "settle_key": "TEXT NOT NULL",
+    "admission": "TEXT NOT NULL",
+    "work": "TEXT NOT NULL",
+    "settlement": "TEXT NOT NULL",
+    "route": "TEXT",
+    "dialect": "TEXT NOT NULL",
+    "cancel_sent": "INTEGER NOT NULL DEFAULT 0",
+    "usage": "TEXT",
+    "usage_source": "TEXT",
+    "next_step": "TEXT NOT NULL",
+    "feature_family_code": "TEXT",
+    "budget_id": "TEXT",
+    "labels": "TEXT",
+    "model": "TEXT",
+    "estimated_input": "INTEGER NOT NULL DEFAULT 0",
+    "estimated_output": "INTEGER NOT NULL DEFAULT 0",
+    "lease_token": "TEXT",
+    "lease_id": "TEXT",
+    "response_id": "TEXT",
+    "request_id": "TEXT",
+    "trace_id": "TEXT",
+    "span_id": "TEXT",
+    "ended_at": "REAL",
+    "path": "TEXT",
+    "body": "BLOB",
+    "attempts": "INTEGER NOT NULL DEFAULT 0",
+    "next_attempt_at": "REAL NOT NULL DEFAULT 0",
+    "last_error": "TEXT",
+    "receipt": "TEXT",
+}
+"""The columns of the table ``operations``, in the order in which `to_values` gives them."""
+
+
+def to_values(row: Row) -> tuple[Any, ...]:
+    """The row as values for `COLUMNS`."""
+    state = row.state
+    usage = None
+    if state.usage is not None:
+        stored: dict[str, Any] = dict(state.usage.counts())
+        if state.usage.audio_seconds is not None:
+            stored["audio_seconds"] = state.usage.audio_seconds
+        usage = json.dumps(stored)
+    return (
+        row.operation_id,
+        row.base_url,
+        row.realm_id,
+        row.pid,
+        row.principal_id,
+        row.user_id,
+        row.feature_code,
+        row.created_at,
+        row.authorize_key,
+        row.settle_key,
+        state.admission,
+        state.work,
+        state.settlement,
+        state.route,
+        state.dialect,
+        int(state.cancel_sent),
+        usage,
+        state.usage_source,
+        NEXT_STEP[state.settlement],
+        row.feature_family_code,
+        row.budget_id,
+        json.dumps(dict(row.labels)) if row.labels else None,
+        row.model,
+        row.estimated_input,
+        row.estimated_output,
+        row.lease_token,
+        row.lease_id,
+        row.response_id,
+        row.request_id,
+        row.trace_id,
+        row.span_id,
+        row.ended_at,
+        row.path,
+        row.body,
+        row.attempts,
+        row.next_attempt_at,
+        row.last_error,
+        row.receipt,
+    )
+
+
+def from_values(values: Mapping[str, Any]) -> Row:
+    """A row from what the database holds; columns that this version does not know are left alone."""
+    admission: Admission = values["admission"]
+    work: Work = values["work"]
+    settlement: Settlement = values["settlement"]
+    route: Route | None = values["route"]
+    dialect: Dialect = values["dialect"]
+    source: UsageSource | None = values["usage_source"]
+    usage = None if values["usage"] is None else TokenUsage(**json.loads(values["usage"]))
+    state = OperationState(
+        admission=admission,
+        work=work,
+        settlement=settlement,
+        route=route,
+        dialect=dialect,
+        usage=usage,
+        usage_source=source,
+        cancel_sent=bool(values["cancel_sent"]),
+    )
+    plain = {
+        name: values[name] for name in Row.__dataclass_fields__ if name not in ("state", "labels") and name in COLUMNS
+    }
+    labels = json.loads(values["labels"]) if values["labels"] else None
+    return Row(**plain, state=state, labels=labels)

@@ -1,0 +1,586 @@
+"""Reading usage from a stream of bytes while it passes: incremental, cut anywhere, almost free per chunk.
+
+A reader is fed the decoded bytes of one response in whatever pieces they arrive. Most pieces of a stream are one event
+that says nothing but a few more characters of text; those are recognised by comparing bytes, without JSON:
+
+* Chat Completions: an event that begins and ends like an earlier one that said nothing else, with a JSON string free
+  of quotes in between (and another where OpenAI pads its events: ``obfuscation``), differs from it in the text only.
+* Responses, Anthropic: the event's own name says that it is a delta.
+* otherwise: an event without any of the names that matter (usage counts, finish reason, error, ``[DONE]``).
+
+Everything that may matter is parsed; what it means is ruled in `facts` and `normalize`. Event boundaries are those of
+the event-stream format: a blank line, with LF, CRLF or CR line ends. Nothing is kept but the event in progress.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+from .body import is_token_count, last_usage_object, read_ends, read_json_body
+from .facts import (
+    TERMINAL_EVENTS,
+    generated_characters,
+    has_finish_reason,
+    identity,
+    is_error,
+    is_usage_only,
+    start_usage,
+    usage_object,
+)
+from .normalize import merge_anthropic, normalize_usage
+from .types import TokenUsage
+
+_Framing = Literal["unknown", "sse", "ndjson", "json", "opaque"]
+_Protocol = Literal["unknown", "chat", "responses", "anthropic", "other"]
+
+_BOUNDARY: Final = re.compile(rb"\n\r?\n|\r\r")
+_BOM: Final = b"\xef\xbb\xbf"
+_IDENTIFY_WITHIN: Final = 8
+"""Events that are parsed in search of an id and a model; a server that sends neither is not parsed for ever."""
+_LARGEST: Final = 32 * 1024 * 1024
+_KEPT_HEAD: Final = 64 * 1024
+_KEPT_TAIL: Final = 1024 * 1024
+_LARGEST_USAGE_CHUNK: Final = 64 * 1024
+_SAMPLE_EVERY: Final = 16 * 1024
+_RELEARN: Final = 16
+_NEVER: Final = b"\x00"
+"""No JSON begins with it: the template that matches nothing."""
+
+_QUIET: Final = (
+    b"event: response.output_text.delta\n",
+    b"event: content_block_delta\n",
+    b"event: response.function_call_arguments.delta\n",
+    b"event: response.reasoning_summary_text.delta\n",
+    b"event: response.reasoning_text.delta\n",
+    b'data: {"type":"response.output_text.delta",',
+    b'data: {"type":"response.function_call_arguments.delta",',
+    b'data: {"type":"response.reasoning_text.delta",',
+)
+"""How an event begins that is a delta by its own name and can carry neither usage nor an end."""
+
+_HAS_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')
+_MAY_BE_USAGE_CHUNK: Final = re.compile(rb"\s*(?:\Z|[:dier])")
+_TEXT_MEMBER: Final = re.compile(rb'"(?:content|reasoning_content|reasoning|text|arguments)": ?"')
+_PADDING: Final = re.compile(rb'"obfuscation": ?"')
+_SSE_START: Final = b":deir"
+
+
+class StreamReader:
+    """Follows one response and says, at any time and at no cost, what it has reported so far.
+
+    ``feed`` decoded bytes in any pieces and call ``end`` when there are no more; a body that is plain JSON is kept and
+    read at ``end``. The reader never raises on what it is fed. It is not made for two threads at once.
+
+    Attributes:
+        usage: the last usage reported, final or cumulative, in tokens: what may be committed whatever happens next.
+            Anthropic's ``message_start`` alone is neither and stays in ``provisional_usage`` (design rule 3). Counts
+            that were already reported are not undone by zeros that follow (an error's last chunk, *observed*).
+        provisional_usage: input known, output not yet: for an estimate of an abandoned Anthropic stream.
+        finished: the protocol's own end was seen: ``[DONE]``, ``response.completed|incomplete|failed``,
+            ``message_stop``, the last event of Cohere, Ollama and of audio and image streams; a whole JSON body.
+        finish_reason_seen: the model has stopped, so leaving now is not an abort.
+        failed: an error was seen; usage may still be there, or come.
+        response_id, model: as the provider names them, None until seen.
+        status: the Responses API's ``status`` where one was seen (``queued``, ``completed``, ...).
+    """
+
+    __slots__ = (
+        "_characters",
+        "_events",
+        "_framing",
+        "_hide",
+        "_identify",
+        "_learned_at",
+        "_middle",
+        "_passed",
+        "_pending",
+        "_prefix",
+        "_prefix_length",
+        "_protocol",
+        "_quiet",
+        "_quiet_bytes",
+        "_sample_at",
+        "_sampled_bytes",
+        "_sampled_characters",
+        "_start",
+        "_suffix",
+        "_suffix_length",
+        "_template",
+        "_templates_left",
+        "_token_count",
+        "_truncated",
+        "_url",
+        "failed",
+        "finish_reason_seen",
+        "finished",
+        "model",
+        "provisional_usage",
+        "response_id",
+        "status",
+        "usage",
+    )
+
+    def __init__(self, url: str, content_type: str | None, *, hide_usage_chunk: bool = False) -> None:
+        self.usage: TokenUsage | None = None
+        self.provisional_usage: TokenUsage | None = None
+        self.finished = False
+        self.finish_reason_seen = False
+        self.failed = False
+        self.response_id: str | None = None
+        self.model: str | None = None
+        self.status: str | None = None
+        self._url = url
+        self._token_count = is_token_count(url)
+        self._framing: _Framing = "unknown"
+        self._sniff_as(content_type)
+        self._protocol: _Protocol = "unknown"
+        self._hide = hide_usage_chunk
+        self._identify = _IDENTIFY_WITHIN
+        self._pending = bytearray()  # the event (or body) in progress
+        self._passed = 0  # how much of it the caller has been given already, where something may have to be hidden
+        self._truncated = False  # the middle of what is pending was too large to keep
+        self._start: Mapping[str, Any] | None = None  # usage of Anthropic's message_start
+        # The template of a chat event that only adds text: prefix, a string, [middle, a string,] suffix.
+        self._template = self._prefix = _NEVER  # _prefix is the template while its short cut is open
+        self._prefix_length = 1
+        self._quiet: tuple[bytes, ...] = (_NEVER,)
+        self._middle = b""
+        self._suffix = _NEVER
+        self._suffix_length = 1
+        self._templates_left = _RELEARN
+        self._learned_at = 0
+        # Output: characters counted, and bytes of events that were not counted, with a sample to scale them by.
+        self._characters = 0
+        self._quiet_bytes = 0
+        self._sample_at = 0
+        self._sampled_bytes = 0
+        self._sampled_characters = 0
+        self._events = 0
+
+    # -- feeding ----------------------------------------------------------------------------------------------------
+
+    def feed(self, data: bytes) -> bool:
+        """Read the next piece; True where usage, finish, failure or the end became known with it."""
+        if data.startswith(self._prefix):
+            end = data.find(b'"', self._prefix_length)
+            if self._middle:
+                if data.startswith(self._middle, end):
+                    start = end + len(self._middle)
+                    if data.find(b'"', start) + self._suffix_length == len(data) and data.endswith(self._suffix):
+                        self._characters += end - self._prefix_length
+                        return False
+            elif end + self._suffix_length == len(data) and data.endswith(self._suffix):
+                self._characters += end - self._prefix_length
+                return False
+        elif (
+            data.startswith(self._quiet)
+            and data.endswith(b"\n\n")
+            and data.find(b"\n", data.find(b"data:")) == len(data) - 2
+            and self._quiet_bytes < self._sample_at
+        ):
+            self._quiet_bytes += len(data)
+            return False
+        return self._feed(data, None)
+
+    def pass_through(self, data: bytes) -> bytes:
+        """Read the next piece and give back what the caller may see of it: all but the usage-only chunk.
+
+        With ``hide_usage_chunk`` the event with empty ``choices`` and a usage object is left out, byte for byte, and an
+        unfinished event at the end of a piece that may still turn out to be it is held back until it is finished.
+        Nothing else is changed or delayed. What is held at the end of the stream comes from `flush`.
+        """
+        if data.startswith(self._prefix):  # the same test as in feed: a call less per chunk
+            end = data.find(b'"', self._prefix_length)
+            if self._middle:
+                if data.startswith(self._middle, end):
+                    start = end + len(self._middle)
+                    if data.find(b'"', start) + self._suffix_length == len(data) and data.endswith(self._suffix):
+                        self._characters += end - self._prefix_length
+                        return data
+            elif end + self._suffix_length == len(data) and data.endswith(self._suffix):
+                self._characters += end - self._prefix_length
+                return data
+        if not self._hide:
+            self._feed(data, None)
+            return data
+        out: list[bytes] = []
+        self._feed(data, out)
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def flush(self) -> bytes:
+        """No more bytes will come: read what is unfinished; give back what was held, unless it is the usage chunk."""
+        held = bytes(self._pending[self._passed :]) if self._hide and self._framing == "sse" else b""
+        return b"" if self._finish() else held
+
+    def end(self) -> None:
+        """No more bytes will come: read what is left (a last event without its blank line, or a JSON body)."""
+        self._finish()
+
+    @property
+    def output_characters(self) -> int:
+        """About how many characters the model has produced so far: counted where events were read, else scaled."""
+        if self._sampled_bytes:
+            return self._characters + round(self._quiet_bytes * self._sampled_characters / self._sampled_bytes)
+        return self._characters
+
+    # -- framing ----------------------------------------------------------------------------------------------------
+
+    def _sniff_as(self, content_type: str | None) -> None:
+        """What the content type promises; the first byte has the last word, since both are wrong at times."""
+        kind = (content_type or "").split(";", 1)[0].strip().lower()
+        if kind.startswith(("audio/", "image/", "video/", "multipart/")) or kind == "text/html":
+            self._framing = "opaque"
+        elif kind in ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"):
+            self._framing = "ndjson"
+
+    def _feed(self, data: bytes, out: list[bytes] | None) -> bool:
+        before = (self.usage, self.finished, self.finish_reason_seen, self.failed)
+        given = 0
+        if self._framing == "unknown":
+            self._pending += data
+            given = self._passed
+            self._framing = _sniff(self._pending)
+            if self._framing == "sse":
+                data = bytes(self._pending)
+                self._pending.clear()
+            else:
+                self._passed = len(self._pending)
+        elif self._framing == "ndjson":
+            self._feed_lines(data)
+        elif self._framing == "json":
+            self._pending += data
+            self._bound()
+        if self._framing == "sse":
+            self._feed_events(data, out, given)
+        elif out is not None:
+            out.append(data)
+        self._arm()
+        return before != (self.usage, self.finished, self.finish_reason_seen, self.failed)
+
+    def _arm(self) -> None:
+        """Open the short cuts of `feed` where the next piece begins an event, and close them in the middle of one."""
+        if self._pending:
+            self._prefix, self._quiet = _NEVER, (_NEVER,)
+            return
+        self._prefix = self._template
+        named = self._protocol in ("responses", "anthropic") and not self._identifying()
+        self._quiet = _QUIET if named else (_NEVER,)
+
+    def _identifying(self) -> bool:
+        return self._identify > 0 and (self.response_id is None or self.model is None)
+
+    def _feed_events(self, data: bytes, out: list[bytes] | None, given: int) -> None:
+        """Read all events that are whole now; ``given`` bytes at the start have been passed on before."""
+        pending = self._pending
+        if pending:
+            given = self._passed
+            known = max(len(pending) - 3, 0)
+            pending += data
+            if _BOUNDARY.search(pending, known) is None:
+                self._bound()
+                if out is not None:
+                    self._pass_unfinished(out)
+                return
+            data = bytes(pending)
+            pending.clear()
+        cut = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3, data.rfind(b"\r\r") + 2)
+        if cut < 4 and _BOUNDARY.search(data) is None:  # what rfind answers where there is none
+            cut = 0
+        if cut:
+            whole = data if cut == len(data) else data[:cut]
+            if self._may_skip(whole):
+                self._skip(whole)
+                if out is not None:
+                    out.append(whole[given:] if given else whole)
+            else:
+                start = 0
+                for boundary in _BOUNDARY.finditer(whole):
+                    event, end = whole[start : boundary.start()], boundary.end()
+                    drop = self._read_event(event)
+                    if out is not None:
+                        # Blank lines before a dropped event are not part of it.
+                        kept = start + len(event) - len(event.lstrip(b"\r\n")) if drop else end
+                        out.append(whole[max(start, given) : kept])
+                    start = end
+                cut = start
+        self._passed = max(given - cut, 0)
+        if cut < len(data):
+            pending += data[cut:]
+            self._bound()
+            if out is not None:
+                self._pass_unfinished(out)
+
+    def _pass_unfinished(self, out: list[bytes]) -> None:
+        """Hand on the event in progress unless it can still turn out to be the usage chunk."""
+        pending = self._pending
+        if (
+            self._passed
+            or len(pending) > _LARGEST_USAGE_CHUNK
+            or not _MAY_BE_USAGE_CHUNK.match(pending.removeprefix(_BOM))
+            or _HAS_CHOICES.search(pending)
+        ):
+            out.append(bytes(pending[self._passed :]))
+            self._passed = len(pending)
+
+    def _feed_lines(self, data: bytes) -> None:
+        self._pending += data
+        if b"\n" in data:
+            *lines, rest = bytes(self._pending).split(b"\n")
+            self._pending[:] = rest
+            for line in lines:
+                self._read_payload(line, None)
+        self._bound()
+
+    def _bound(self) -> None:
+        """Keep memory flat: of an event or body beyond 32 MiB only the head and the tail stay."""
+        if len(self._pending) > _LARGEST:
+            removed = len(self._pending) - _KEPT_HEAD - _KEPT_TAIL
+            del self._pending[_KEPT_HEAD : _KEPT_HEAD + removed]
+            self._passed = max(self._passed - removed, 0)
+            self._truncated = True
+
+    def _finish(self) -> bool:
+        """Read what is left; True where that is a usage-only chunk."""
+        rest = bytes(self._pending)
+        self._pending.clear()
+        self._passed = 0
+        if not rest:
+            return False
+        if self._framing == "sse":
+            return self._read_event(rest)
+        if self._framing == "ndjson":
+            self._read_payload(rest, None)
+        elif self._framing == "json":
+            self._read_body(rest)
+        return False
+
+    def _read_body(self, body: bytes) -> None:
+        if self._truncated:
+            ends = read_ends(body)
+            body = json.dumps(ends).encode() if ends is not None else b""
+        facts = read_json_body(self._url, body)
+        self._take(facts.usage)
+        self.response_id = self.response_id or facts.response_id
+        self.model = self.model or facts.model
+        self.status = facts.status or self.status
+        self.failed = self.failed or facts.failed
+        self.finish_reason_seen = self.finish_reason_seen or facts.finish_reason_seen
+        self.finished = self.finished or facts.complete
+
+    # -- events -----------------------------------------------------------------------------------------------------
+
+    def _may_skip(self, events: bytes) -> bool:
+        """Whether these whole events certainly say nothing but text: by the names that a saying event must contain."""
+        if self._identifying():
+            return False
+        protocol = self._protocol
+        if protocol == "chat":
+            return not (
+                b'_tokens"' in events
+                or b'reason":"' in events
+                or b'reason": "' in events
+                or b"DONE]" in events
+                or b"error" in events
+            )
+        if protocol == "responses":
+            if events.startswith(_QUIET) and events.find(b"\n", events.find(b"data:")) == len(events) - 2:
+                return True
+            return not (b'"response"' in events or b'"usage"' in events or b"error" in events or b"DONE]" in events)
+        if protocol == "anthropic":
+            if events.startswith(_QUIET) and events.find(b"\n", events.find(b"data:")) == len(events) - 2:
+                return True
+            return not (
+                b'_tokens"' in events or b"message_st" in events or b"stop_reason" in events or b"error" in events
+            )
+        return False
+
+    def _skip(self, events: bytes) -> None:
+        """Note the size of events that say nothing, measure one of them now and then, and learn what they look like."""
+        self._measure(events)
+        if self._protocol == "chat":
+            self._learn(events)
+
+    def _measure(self, events: bytes) -> None:
+        self._quiet_bytes += len(events)
+        if self._quiet_bytes >= self._sample_at:
+            self._sample_at = self._quiet_bytes + _SAMPLE_EVERY
+            event = _BOUNDARY.split(events, 1)[0]
+            if (obj := _decode(_payload(event)[0])) is not None:
+                self._sampled_bytes += len(event) + 2
+                self._sampled_characters += generated_characters(obj)
+
+    def _learn(self, event: bytes) -> None:
+        """Make a template of one chat event that is known to say nothing but text.
+
+        Sound without JSON: every byte outside the string (and the padding) is the same as in this event, and a string
+        without a quote cannot contain any of the names that would make the event matter.
+        """
+        if self._characters - self._learned_at > 64:  # the last template has earned its keep
+            self._templates_left = _RELEARN
+        if self._templates_left == 0 or not event.startswith(b"data:"):
+            return
+        match = _TEXT_MEMBER.search(event)
+        if match is None:
+            return
+        start = match.end()
+        end = event.find(b'"', start)
+        boundary = _BOUNDARY.search(event)
+        if end < 0 or b"\\" in event[start:end] or boundary is None or boundary.end() != len(event):
+            return
+        self._templates_left -= 1
+        self._learned_at = self._characters
+        padding = _PADDING.search(event, end)
+        if padding is not None:
+            padding_end = event.find(b'"', padding.end())
+            self._middle, self._suffix = event[end : padding.end()], event[padding_end:]
+        else:
+            self._middle, self._suffix = b"", event[end:]
+        self._template, self._prefix_length, self._suffix_length = event[:start], start, len(self._suffix)
+
+    def _read_event(self, event: bytes) -> bool:
+        """Read one event without its blank line; True where it is a usage-only chunk."""
+        if self._may_skip(event):
+            self._measure(event)
+            return False
+        if self._events == 0:
+            event = event.removeprefix(_BOM)
+        if not event.strip():
+            return False
+        self._events += 1
+        payload, name, junk_error = _payload(event)
+        if junk_error or name == b"error":
+            self.failed = True
+        return self._read_payload(payload, name)
+
+    def _read_payload(self, payload: bytes, name: bytes | None) -> bool:
+        payload = payload.strip()
+        if not payload:
+            return False
+        if payload == b"[DONE]":
+            self.finished = True
+            return False
+        obj = _decode(payload)
+        if obj is None:
+            if self._truncated:
+                self._truncated = False
+                self._take(normalize_usage(last_usage_object(payload)))
+                self._ended_by_name(name)
+            return False
+        if self._identifying():
+            self._identify -= 1
+            response_id, model = identity(obj)
+            self.response_id = self.response_id or response_id
+            self.model = self.model or model
+        if self._protocol == "unknown":
+            self._protocol = _protocol_of(obj)
+        self._characters += generated_characters(obj)
+        self._read_usage(obj)
+        kind = obj.get("type")
+        if has_finish_reason(obj):
+            self.finish_reason_seen = True
+        if kind in TERMINAL_EVENTS or obj.get("done") is True:
+            self.finished = True
+        if is_error(obj):
+            self.failed = True
+        response = obj.get("response")
+        if isinstance(response, Mapping) and isinstance(response.get("status"), str):
+            self.status = response["status"]
+        return is_usage_only(obj)
+
+    def _read_usage(self, obj: Mapping[str, Any]) -> None:
+        start = start_usage(obj)
+        if start is not None:
+            self._start = start
+            self.provisional_usage = normalize_usage(start)
+            return
+        raw = usage_object(obj)
+        if raw is not None and self._start is not None and obj.get("type") == "message_delta":
+            raw = merge_anthropic(self._start, raw)
+        self._take(normalize_usage(raw))
+
+    def _take(self, usage: TokenUsage | None) -> None:
+        if usage is None or self._token_count:
+            return
+        if usage.total_tokens or self.usage is None:
+            self.usage = usage
+
+    def _ended_by_name(self, name: bytes | None) -> None:
+        if name is not None and name.decode("ascii", "replace") in TERMINAL_EVENTS:
+            self.finished = self.finish_reason_seen = True
+            self.failed = self.failed or name == b"response.failed"
+
+
+class UsageChunkFilter:
+    """Takes the usage-only chunk that we asked for out of a chat event stream (design rule 2); see `pass_through`."""
+
+    __slots__ = ("reader",)
+
+    def __init__(self, url: str = "/chat/completions", content_type: str | None = "text/event-stream") -> None:
+        self.reader = StreamReader(url, content_type, hide_usage_chunk=True)
+
+    def feed(self, data: bytes) -> bytes:
+        """The bytes to pass on now."""
+        return self.reader.pass_through(data)
+
+    def flush(self) -> bytes:
+        """The bytes that are still held when the stream has ended."""
+        return self.reader.flush()
+
+
+def make_reader(url: str, content_type: str | None, *, hide_usage_chunk: bool = False) -> StreamReader:
+    """A reader for one response: of an event stream, lines of JSON or a JSON body, whichever it turns out to be."""
+    return StreamReader(url, content_type, hide_usage_chunk=hide_usage_chunk)
+
+
+def _sniff(start: bytearray) -> _Framing:
+    """Decide between an event stream and JSON by the first byte that is neither white space nor a byte order mark.
+
+    Servers answer a request for a stream with a JSON error under ``text/event-stream``, and send events without a
+    content type: no JSON object or list begins with what a line of an event stream begins with.
+    """
+    first = bytes(start).removeprefix(_BOM).lstrip()[:1]
+    if first in (b"{", b"["):
+        return "json"
+    if not first or first == b"\xef":
+        return "unknown"
+    return "sse" if first in _SSE_START else "opaque"
+
+
+def _protocol_of(obj: Mapping[str, Any]) -> _Protocol:
+    kind = obj.get("type")
+    if isinstance(obj.get("choices"), list):
+        return "chat"
+    if isinstance(kind, str) and kind.startswith("response."):
+        return "responses"
+    if kind in ("message_start", "content_block_start", "content_block_delta", "ping"):
+        return "anthropic"
+    return "unknown" if "error" in obj else "other"
+
+
+def _payload(event: bytes) -> tuple[bytes, bytes | None, bool]:
+    """Data, event name, and whether there is an ``error:`` line, which llama.cpp and GPUStack send (*observed*)."""
+    if event.startswith(b"data:") and b"\n" not in event and b"\r" not in event:
+        return event[5:], None, False
+    data: list[bytes] = []
+    name: bytes | None = None
+    error = False
+    for line in event.splitlines():
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            data.append(value[1:] if value.startswith(b" ") else value)
+        elif field == b"event":
+            name = value.strip()
+        elif field == b"error":
+            error = True
+    return b"\n".join(data), name, error
+
+
+def _decode(payload: bytes) -> Mapping[str, Any] | None:
+    try:
+        obj = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    return obj if isinstance(obj, dict) else None

@@ -53,6 +53,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,12 +67,10 @@ from . import fields
 from .faults import ROUTES, FaultKind
 from .money import ResidualMode, Rounding
 from .problems import Refusal
+from .records import Policy
 from .world import Defaults, Options
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+_TOML: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 _WINDOWS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400, "week": 604_800}
 
@@ -85,11 +84,11 @@ class _Section(BaseModel):
 class DefaultsConfig(_Section):
     """What things get that nobody configured: prices in XUSD per unit, credit in XUSD."""
 
-    credit_xusd: int = Field(100_000_000, ge=0)
-    primary_xusd: int | None = Field(5, ge=0)
-    input_xusd: int | None = Field(3, ge=0)
-    cached_xusd: int | None = Field(1, ge=0)
-    output_xusd: int | None = Field(12, ge=0)
+    credit_xusd: int = Field(default=100_000_000, ge=0)
+    primary_xusd: int | None = Field(default=5, ge=0)
+    input_xusd: int | None = Field(default=3, ge=0)
+    cached_xusd: int | None = Field(default=1, ge=0)
+    output_xusd: int | None = Field(default=12, ge=0)
 
 
 class FeatureConfig(_Section):
@@ -106,10 +105,10 @@ class PriceConfig(_Section):
     """The price of a meter: XUSD per ``unit_quantity`` units, and what it costs the operator."""
 
     unit_price_xusd: int = Field(ge=0)
-    unit_quantity: int = Field(1, ge=1)
+    unit_quantity: int = Field(default=1, ge=1)
     rounding: Rounding = "nearest"
-    unit_cost_xusd: int = Field(0, ge=0)
-    cost_unit_quantity: int | None = Field(None, ge=1)
+    unit_cost_xusd: int = Field(default=0, ge=0)
+    cost_unit_quantity: int | None = Field(default=None, ge=1)
     cost_rounding: Rounding | None = None
     residual: ResidualMode = "none"
 
@@ -129,17 +128,22 @@ class LimitConfig(_Section):
         """The length of the window."""
         return window_seconds(self.window)
 
+    def policy(self, kind: Literal["quota", "rate"]) -> Policy:
+        """The policy that this limit is."""
+        unit = self.unit if kind == "quota" else "request"
+        return Policy(kind, self.limit, self.seconds, self.feature, self.scope, unit)
+
 
 class FaultConfig(_Section):
     """One scripted fault, see :class:`vluna_llm.sandbox.faults.Fault`; ``times`` 0 means for ever."""
 
     kind: FaultKind
     route: str | None = None
-    times: int = Field(1, ge=0)
-    skip: int = Field(0, ge=0)
+    times: int = Field(default=1, ge=0)
+    skip: int = Field(default=0, ge=0)
     principal: str | None = None
-    seconds: float = Field(0.0, ge=0)
-    status: int = Field(503, ge=400, le=599)
+    seconds: float = Field(default=0.0, ge=0)
+    status: int = Field(default=503, ge=400, le=599)
     body: str = ""
 
     @field_validator("route")
@@ -154,13 +158,13 @@ class SandboxConfig(_Section):
     """The whole configuration. Without any, every feature code works, is priced, and every customer has credit."""
 
     dialect: Dialect = "lease_token"
-    realm_id: str = Field("realm-sandbox", min_length=1)
-    key_id: str | None = Field(None, min_length=1)
-    key_secret: str | None = Field(None, repr=False)
+    realm_id: str = Field(default="realm-sandbox", min_length=1)
+    key_id: str | None = Field(default=None, min_length=1)
+    key_secret: str | None = Field(default=None, repr=False)
     state: str = "memory"
     auto_registry: bool = True
-    lease_ttl_seconds: float = Field(43_200, gt=0)
-    grace_ms: int = Field(60_000, ge=0)
+    lease_ttl_seconds: float = Field(default=43_200, gt=0)
+    grace_ms: int = Field(default=60_000, ge=0)
     ledger_sync: bool = False
     production: bool = True
     first_call_fails: bool = False
@@ -294,8 +298,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"The configuration file {path} cannot be read: {error}.") from None
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        values: dict[str, Any] = _TOML.loads(text)
+        return values
+    except _TOML.TOMLDecodeError as error:
         raise ConfigurationError(f"The configuration file {path} is not TOML: {error}.") from None
 
 

@@ -23,7 +23,8 @@ FaultKind = Literal[
 * ``error_before``: 500, nothing was booked (a deadlock).
 * ``error_after``: booked, then 500.
 * ``drop_before``, ``drop_after``: the connection is closed without an answer, before or after booking.
-* ``hang``, ``hang_after``: no answer until :meth:`Faults.release`, then the connection is closed; before or after booking.
+* ``hang``, ``hang_after``: no answer until :meth:`Faults.release`, then the connection is closed;
+  before or after booking.
 * ``latency``: the answer comes ``seconds`` later.
 * ``status``: ``status`` with ``body``, nothing was booked (a proxy's 502, 503, 504).
 * ``garbage``: booked, then 200 with ``body`` that is not the gate's.

@@ -1,4 +1,4 @@
-"""How the gate says no: refusals with the exact status, code and message of the real server (gate contract, section 2)."""
+"""How the gate says no: the exact status, code and message of the real server (gate contract, section 2)."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def rate(
             ("price", price.unit_price_xusd, price.unit_quantity, price.rounding),
             ("cost", price.unit_cost_xusd, price.cost_unit_quantity, price.cost_rounding),
         ):
-            key = (user.billing_user_id, ask.meter, side, price.revision)
+            key: tuple[str, ...] = (user.billing_user_id, ask.meter, side, price.revision)
             before = world.store.carries.get(*key) or 0
             if world.options.dialect == "lease":
                 charge = money.proportional_charge(ask.quantity, unit_xusd, unit_quantity, before)
@@ -111,8 +111,8 @@ def rate(
                     "current_fingerprint": line.price.fingerprint,
                 }
             )
-    for key, rest in carried.items():
-        world.store.carries.put(*key, rest)
+    for place, rest in carried.items():
+        world.store.carries.put(*place, rest)
     amount = sum(line.price.amount_xusd for line in lines)
     cost_total = sum(line.cost.amount_xusd for line in lines)
     if max(amount, cost_total) > MAX_SAFE:

@@ -15,7 +15,7 @@ from . import budgets, catalogue
 from .app import BASE, GateApp, Received
 from .booked import Booked
 from .clock import Clock
-from .config import SandboxConfig, make_config, window_seconds
+from .config import LimitConfig, SandboxConfig, make_config, window_seconds
 from .faults import Faults
 from .money import ResidualMode, Rounding
 from .records import Account, BillingMode, Lease, Meter, Policy, Realm, ServiceKey, User
@@ -322,12 +322,7 @@ class Sandbox:
         """Bring the store to what the configuration says, without disturbing what it already knows."""
         config, store, realm_id = self.config, self._store, self.config.realm_id
         with store.transaction():
-            policies = [
-                Policy(kind, limit.limit, limit.seconds, limit.feature, limit.scope, unit or limit.unit)
-                for kind, unit, limits in (("quota", "", config.quotas), ("rate", "request", config.rates))
-                for limit in limits
-                if limit.principal is None
-            ]
+            policies = [limit.policy(kind) for kind, limit in self._limits() if limit.principal is None]
             store.realms.put(realm_id, Realm(realm_id, policies=(Policy("quota", -1), *policies)))
             key = self._service_key()
             for code, feature in config.features.items():
@@ -377,12 +372,9 @@ class Sandbox:
                     user = self._user(principal_id, None)
                     self._world.top_up(user, xusd - self._world.purse(user.billing_user_id).spendable_xusd)
             own: dict[str, list[Policy]] = {}
-            for kind, unit, limits in (("quota", "", config.quotas), ("rate", "request", config.rates)):
-                for limit in limits:
-                    if limit.principal is not None:
-                        own.setdefault(limit.principal, []).append(
-                            Policy(kind, limit.limit, limit.seconds, limit.feature, limit.scope, unit or limit.unit)
-                        )
+            for kind, limit in self._limits():
+                if limit.principal is not None:
+                    own.setdefault(limit.principal, []).append(limit.policy(kind))
             for principal_id, extra in own.items():
                 account = self._account(principal_id)
                 store.accounts.put(
@@ -402,6 +394,10 @@ class Sandbox:
                 body=fault.body,
             )
         return key
+
+    def _limits(self) -> list[tuple[Literal["quota", "rate"], LimitConfig]]:
+        quotas: list[tuple[Literal["quota", "rate"], LimitConfig]] = [("quota", limit) for limit in self.config.quotas]
+        return [*quotas, *(("rate", limit) for limit in self.config.rates)]
 
     def _service_key(self) -> ServiceKey:
         config = self.config

@@ -59,9 +59,8 @@ class _Server(uvicorn.Server):
             transport: Any = getattr(connection, "transport", None)
             if transport is not None:
                 transport.abort()
-        deadline = asyncio.get_running_loop().time() + 2
-        while self.server_state.tasks and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.005)
+        if self.server_state.tasks:
+            await asyncio.wait(self.server_state.tasks, timeout=2)
 
     def stop(self) -> None:
         """Ask for the end, from any thread."""

@@ -5,6 +5,7 @@
     VlunaError
     ├── ConfigurationError        a setting is missing or wrong; raised before anything is spent
     ├── MissingPrincipal          nobody to bill was named
+    ├── OutboxUnavailable         the journal cannot be written, and the settings say to refuse then
     └── GateError                 the gate answered, or could not be asked
         ├── GateDenied            this customer may not: credit, quota, budget, entitlement, disabled
         ├── GateRateLimited       not now; ``retry_after`` seconds
@@ -42,6 +43,13 @@ class MissingPrincipal(VlunaError):
             '`with call_context(principal_id="...")`, use `vluna.bind(client, principal_id="...")`, '
             "or set VLUNA_LLM_PRINCIPAL for a program with a single customer."
         )
+
+
+class OutboxUnavailable(VlunaError):
+    """The journal cannot be written: disk full, read-only or corrupt.
+
+    Reaches the caller, before the provider is called, only with ``on_outbox_unavailable="deny"``.
+    """
 
 
 class GateError(VlunaError):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import importlib
 import json
 import os
@@ -17,6 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import ConfigurationError
 from .identity import validate_id
+from .usage.meters import MetersMode
 
 Mode = Literal["enforce", "observe", "off"]
 Settle = Literal["background", "inline"]
@@ -24,7 +23,6 @@ AuthorizeMode = Literal["strict", "overlap"]
 OnUnavailable = Literal["allow", "deny"]
 OnAbortSetting = Literal["cancel", "estimate", "drain"]
 OnUnmetered = Literal["warn", "deny", "ignore"]
-MetersMode = Literal["auto", "always", "never"]
 
 _CREDENTIALS = {
     "base_url": "VLUNA_SERVICE_BASE_URL",
@@ -110,35 +108,23 @@ class Settings(BaseSettings):
 
     def missing_credentials(self) -> list[str]:
         """The environment names of the four gate settings that are not set."""
-        return [variable for name, variable in _CREDENTIALS.items() if getattr(self, name) is None]
+        return [variable for name, variable in _CREDENTIALS.items() if not _given(getattr(self, name))]
 
-    def require_credentials(self) -> tuple[str, str, str, bytes]:
-        """Base URL, realm, key id and decoded secret.
+    def require_credentials(self) -> tuple[str, str, str, str]:
+        """Base URL, realm, key id and secret, as they were given.
 
         Raises:
-            ConfigurationError: one of the four is missing, or the secret is not base64.
+            ConfigurationError: one of the four is missing.
         """
         missing = self.missing_credentials()
-        if missing:
+        if missing or not (self.base_url and self.realm_id and self.key_id and self.key_secret):
             present = [variable for variable in _CREDENTIALS.values() if variable not in missing]
             have = f" ({', '.join(present)} {'is' if len(present) == 1 else 'are'} set)" if present else ""
             raise ConfigurationError(
                 f"The gate is {'half' if present else 'not'} configured: set {', '.join(missing)}{have}; "
                 'or set VLUNA_LLM_MODE="off" to run without billing.'
             )
-        assert self.base_url
-        assert self.realm_id
-        assert self.key_id
-        assert self.key_secret
-        try:
-            secret = base64.b64decode(self.key_secret.get_secret_value(), validate=True)
-        except (binascii.Error, ValueError):
-            raise ConfigurationError(
-                "VLUNA_SERVICE_KEY_SECRET is not base64; copy it as the gate showed it, without quotes or blanks."
-            ) from None
-        if not secret:
-            raise ConfigurationError("VLUNA_SERVICE_KEY_SECRET is empty; copy the secret as the gate showed it.")
-        return self.base_url, self.realm_id, self.key_id, secret
+        return self.base_url, self.realm_id, self.key_id, self.key_secret.get_secret_value()
 
     def outbox_directory(self) -> Path | None:
         """Where the journal lives; None for ``memory``. Made by gate and realm, so that two never share one."""
@@ -171,6 +157,10 @@ class Settings(BaseSettings):
         if not isinstance(parsed, dict):
             raise ConfigurationError(f"VLUNA_LLM_FEATURES: {self.features} must hold an object at its top.")
         return parsed
+
+
+def _given(value: str | SecretStr | None) -> bool:
+    return bool(value.get_secret_value() if isinstance(value, SecretStr) else value)
 
 
 def _parse_toml(text: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import OutboxUnavailable
 from ..operation import Settlement
 from .lock import FileLock
 from .row import COLUMNS, Row, from_values, to_values
@@ -24,6 +25,7 @@ SCHEMA_VERSION = 1
 
 _INSERT = f"INSERT INTO operations ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
 _KEEP = f"INSERT OR IGNORE{_INSERT.removeprefix('INSERT')}"
+_REPLACE = f"INSERT OR REPLACE{_INSERT.removeprefix('INSERT')}"
 _SELECT = "SELECT * FROM operations"
 _STATE_COLUMNS = (
     "admission",
@@ -53,10 +55,6 @@ _CHANGING = (
 )
 _INDEXES = tuple(list(COLUMNS).index(name) for name in _CHANGING)
 _UPDATE = f"UPDATE operations SET {', '.join(f'{name} = ?' for name in _CHANGING)} WHERE operation_id = ?"  # noqa: S608
-
-
-class OutboxUnavailable(Exception):
-    """The journal cannot be written: disk full, read-only, corrupt, or closed."""
 
 
 class Journal:
@@ -100,6 +98,10 @@ class Journal:
         """Store what changed in an operation."""
         values = to_values(row)
         self._execute(_UPDATE, (*(values[i] for i in _INDEXES), row.operation_id))
+
+    def replace(self, row: Row) -> None:
+        """Store an operation whose first write failed, or whose file was given up meanwhile."""
+        self._execute(_REPLACE, to_values(row))
 
     def prune(self, older_than: float) -> int:
         """Drop rows that are settled for good and ended before ``older_than`` (seconds since the epoch)."""

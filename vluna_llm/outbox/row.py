@@ -32,8 +32,10 @@ _NEW = OperationState()
 class Row:
     """One row of the journal; ``state`` is the operation's machine, the rest never changes its meaning.
 
-    Times are seconds since the epoch. ``body`` holds the settlement's exact bytes once composed; ``settle_key`` is its
-    idempotency key. ``base_url`` and ``realm_id`` say where it may be delivered, and nowhere else.
+    Times are seconds since the epoch. ``body`` holds the settlement's exact bytes once composed; ``settle_key`` is the
+    base of its idempotency key. ``derived`` marks a key that another run of the same job arrives at too (design rule
+    17). ``unsplit`` marks a plain quantity, priced as a whole and never split into token meters. ``base_url`` and
+    ``realm_id`` say where the row may be delivered, and nowhere else.
     """
 
     operation_id: str
@@ -66,6 +68,8 @@ class Row:
     next_attempt_at: float = 0.0
     last_error: str | None = None
     receipt: str | None = None
+    derived: bool = False
+    unsplit: bool = False
 
     @property
     def lane(self) -> tuple[str, str]:
@@ -116,6 +120,8 @@ COLUMNS: Mapping[str, str] = {
     "next_attempt_at": "REAL NOT NULL DEFAULT 0",
     "last_error": "TEXT",
     "receipt": "TEXT",
+    "derived": "INTEGER NOT NULL DEFAULT 0",
+    "unsplit": "INTEGER NOT NULL DEFAULT 0",
 }
 """The columns of the table ``operations``, in the order in which `to_values` gives them."""
 
@@ -168,7 +174,13 @@ def to_values(row: Row) -> tuple[Any, ...]:
         row.next_attempt_at,
         row.last_error,
         row.receipt,
+        int(row.derived),
+        int(row.unsplit),
     )
+
+
+_FLAGS = ("derived", "unsplit")
+_PLAIN = tuple(name for name in Row.__dataclass_fields__ if name in COLUMNS and name not in ("labels", *_FLAGS))
 
 
 def from_values(values: Mapping[str, Any]) -> Row:
@@ -190,8 +202,7 @@ def from_values(values: Mapping[str, Any]) -> Row:
         usage_source=source,
         cancel_sent=bool(values["cancel_sent"]),
     )
-    plain = {
-        name: values[name] for name in Row.__dataclass_fields__ if name not in ("state", "labels") and name in COLUMNS
-    }
+    plain = {name: values[name] for name in _PLAIN}
     labels = json.loads(values["labels"]) if values["labels"] else None
-    return Row(**plain, state=state, labels=labels)
+    derived, unsplit = (bool(values[name]) for name in _FLAGS)
+    return Row(**plain, state=state, labels=labels, derived=derived, unsplit=unsplit)

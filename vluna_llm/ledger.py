@@ -1,0 +1,174 @@
+"""The open operations of this process: every change of state goes through here, to the journal and to who waits.
+
+One lock makes each transition atomic against the settler's, so that usage which turns up while a cancel is being
+composed either withdraws it or follows it, and never slips between.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+
+from .context import Scope
+from .errors import OutboxUnavailable
+from .outbox import Journal, Row
+from .telemetry import Telemetry
+from .types import Receipt
+
+_CACHED_ROWS = 5_000
+
+
+class Watch:
+    """How one operation ends, for whoever wants to know: its scopes, and callers that wait for the receipt."""
+
+    __slots__ = ("_callbacks", "_guard", "closed", "receipt", "scopes")
+
+    def __init__(self, scopes: tuple[Scope, ...], guard: threading.Lock) -> None:
+        self.scopes = scopes
+        self.closed = False
+        self.receipt: Receipt | None = None
+        self._guard = guard
+        self._callbacks: list[Callable[[], None]] = []
+
+    def call_when_closed(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once the operation is settled; at once where it already is."""
+        with self._guard:
+            if not self.closed:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait at most ``timeout`` seconds until the operation is settled."""
+        if self.closed:
+            return True
+        done = threading.Event()
+        self.call_when_closed(done.set)
+        return done.wait(timeout)
+
+    def close(self, operation_id: str, receipt: Receipt | None) -> None:
+        """The operation is settled."""
+        with self._guard:
+            if self.closed:
+                return
+            self.closed, self.receipt = True, receipt
+            callbacks, self._callbacks = self._callbacks, []
+        for scope in self.scopes:
+            scope.closed(operation_id, receipt)
+        for callback in callbacks:
+            callback()
+
+
+class Ledger:
+    """Applies state changes to rows, durably, and tells scopes and waiters when an operation is settled.
+
+    Rows are cached, at most a few thousand; the journal holds them all. A row whose write failed stays in memory and is
+    settled from there (``on_outbox_unavailable="allow"``).
+    """
+
+    def __init__(self, journal: Journal, telemetry: Telemetry) -> None:
+        self.journal = journal
+        self._telemetry = telemetry
+        self._guard = threading.Lock()
+        self._watching = threading.Lock()
+        self._rows: OrderedDict[str, Row] = OrderedDict()
+        self._unwritten: dict[str, Row] = {}
+        self._watches: dict[str, Watch] = {}
+
+    def open(self, row: Row, scopes: tuple[Scope, ...], estimated_xusd: int) -> Watch:
+        """Store a new operation, before authorize is sent.
+
+        Raises:
+            OutboxUnavailable: the journal cannot be written; nothing was kept.
+        """
+        with self._guard:
+            self.journal.insert(row)
+            self._remember(row)
+        return self._watch(row.operation_id, scopes, estimated_xusd)
+
+    def keep_in_memory(self, row: Row, scopes: tuple[Scope, ...], estimated_xusd: int) -> Watch:
+        """Take an operation whose row could not be written."""
+        with self._guard:
+            self._unwritten[row.operation_id] = row
+        return self._watch(row.operation_id, scopes, estimated_xusd)
+
+    def _watch(self, operation_id: str, scopes: tuple[Scope, ...], estimated_xusd: int) -> Watch:
+        watch = Watch(scopes, self._watching)
+        self._watches[operation_id] = watch
+        for scope in scopes:
+            scope.opened(operation_id, estimated_xusd)
+        return watch
+
+    def get(self, operation_id: str) -> Row | None:
+        """The row as it stands."""
+        with self._guard:
+            return self._find(operation_id)
+
+    def apply(self, operation_id: str, change: Callable[[Row], Row], *, fallback: Row | None = None) -> Row | None:
+        """Replace a row by ``change(row)`` and store it where it differs; gives the row as it now stands.
+
+        ``fallback`` is taken where no such row is known any more (its journal was closed meanwhile).
+        """
+        with self._guard:
+            row = self._find(operation_id)
+            if row is None:
+                if fallback is None:
+                    return None
+                row = fallback
+                self._unwritten[operation_id] = row
+            changed = change(row)
+            if changed is not row:
+                self._store(changed)
+            return changed
+
+    def settled(self, row: Row, receipt: Receipt | None) -> None:
+        """Nothing more will be sent for this operation by itself: tell who waits."""
+        with self._guard:
+            self._rows.pop(row.operation_id, None)
+            watch = self._watches.pop(row.operation_id, None)
+        if watch is not None:
+            watch.close(row.operation_id, receipt)
+
+    # -- plumbing --------------------------------------------------------------------------------------------------
+
+    def _find(self, operation_id: str) -> Row | None:
+        row = self._rows.get(operation_id) or self._unwritten.get(operation_id)
+        if row is None:
+            try:
+                row = self.journal.get(operation_id)
+            except OutboxUnavailable:
+                return None
+        return row
+
+    def _store(self, row: Row) -> None:
+        key = row.operation_id
+        try:
+            if key in self._unwritten:
+                self.journal.replace(row)
+                del self._unwritten[key]
+            else:
+                self.journal.update(row)
+        except OutboxUnavailable as error:
+            self._unwritten[key] = row
+            self._rows.pop(key, None)
+            self._telemetry.emit(
+                "vluna.internal_error",
+                "error",
+                {"vluna.operation.id": key, "error.type": "OutboxUnavailable"},
+                message=f"{error}; the operation is kept in memory only",
+            )
+        else:
+            self._remember(row)
+
+    def _remember(self, row: Row) -> None:
+        self._rows[row.operation_id] = row
+        if len(self._rows) > _CACHED_ROWS:
+            self._rows.popitem(last=False)
+
+
+def ended(row: Row) -> Row:
+    """The row with the time at which its work ended."""
+    return row if row.ended_at is not None else replace(row, ended_at=time.time())

@@ -1,0 +1,231 @@
+"""One operation from its admission to its settlement, as an integration holds it.
+
+Nothing here waits on the network: ending an operation is a local, durable write, and the settler does the rest. So the
+code that runs when a stream is closed, cancelled or torn down with its event loop needs no ``await``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .ending import Ending, OnAbort, Verdict, judge
+from .ledger import Watch, ended
+from .outbox import Row
+from .settlement import receipt_of, withdrawn
+from .settler import attributes_of, span_of
+from .types import Lease, Receipt
+from .usage.types import TokenUsage
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+    from .usage.estimate import Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCall:
+    """What an integration knows of a model call before it is made.
+
+    Attributes:
+        kind: the API, e.g. ``chat.completions``, ``responses``, ``embeddings``, ``anthropic.messages``.
+        provider: the first part of the feature code, e.g. ``openai``.
+        model: the model that is asked for.
+        body: the request body; read for the estimate, never stored.
+        stream: whether an event stream is asked for.
+    """
+
+    kind: str
+    provider: str
+    model: str
+    body: Mapping[str, Any] | None = None
+    stream: bool = False
+
+
+class Operation:
+    """One logical model call that was admitted.
+
+    Every method is synchronous, never raises into the product, may be called from any thread and more than once: the
+    first ending that means something wins, and usage outranks an abort (design rules 3 and 4).
+    """
+
+    __slots__ = (
+        "_estimate",
+        "_pid",
+        "_row",
+        "_runtime",
+        "_used",
+        "_watch",
+        "lease",
+        "on_abort",
+        "operation_id",
+        "settle_inline",
+    )
+
+    def __init__(
+        self,
+        runtime: Callable[[], Runtime],
+        row: Row,
+        *,
+        watch: Watch,
+        lease: Lease | None,
+        estimate: Estimate | None,
+        on_abort: OnAbort,
+        settle_inline: bool,
+    ) -> None:
+        self._runtime = runtime
+        self._row = row
+        self._watch = watch
+        self._estimate = estimate
+        self._pid = os.getpid()
+        self._used = False
+        self.operation_id = row.operation_id
+        self.lease = lease
+        self.on_abort: OnAbort = on_abort
+        self.settle_inline = settle_inline
+
+    def __repr__(self) -> str:
+        return f"<Operation {self.operation_id} {self._row.feature_code}>"
+
+    # -- how it ends -----------------------------------------------------------------------------------------------
+
+    def finish(self, ending: Ending) -> None:
+        """The answer ended, in whatever way; what that means for the bill is decided by `vluna_llm.ending.judge`."""
+        verdict = judge(
+            ending,
+            estimated_input=self._row.estimated_input,
+            estimated_output=self._row.estimated_output,
+            on_abort=self.on_abort,
+        )
+        self._settle(verdict, response_id=ending.response_id)
+
+    def record(self, usage: TokenUsage) -> None:
+        """The caller says what was used."""
+        self._settle(Verdict("completed", usage, "caller"))
+
+    def record_quantity(self, quantity: int) -> None:
+        """The caller says how much was used, in the feature's own unit: priced as a whole, never split by meters."""
+        self._settle(Verdict("completed", TokenUsage(input_tokens=quantity), "caller"))
+
+    def fail(self, error: BaseException | None = None) -> None:
+        """No answer came: the provider refused, the connection failed, or the call was cancelled before."""
+        self._settle(Verdict("failed"), cause=type(error).__name__ if error is not None else None)
+
+    def park(self, response_id: str | None) -> None:
+        """The provider works on in the background; `Vluna.book_background` books what a retrieve brings."""
+        if os.getpid() != self._pid:
+            return
+        runtime = self._runtime()
+        try:
+            row = runtime.ledger.apply(
+                self.operation_id,
+                lambda now: dataclasses.replace(ended(now), state=now.state.parked(), response_id=response_id),
+                fallback=self._row,
+            )
+            if row is not None and row.state.work == "parked":
+                runtime.ledger.settled(row, None)
+        except Exception:
+            runtime.telemetry.internal_error("operation.park")
+
+    def abandon(self, ending: Callable[[], Ending]) -> None:
+        """The garbage collector found the answer: only take a note, in whatever thread or lock this is (rule 15)."""
+        if os.getpid() == self._pid:
+            self._runtime().settler.abandoned(lambda: self.finish(ending()))
+
+    # -- waiting for the receipt -----------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> Receipt | None:
+        """Wait at most ``timeout`` seconds for the gate's receipt; None where it did not come."""
+        self._watch.wait(timeout)
+        return self._watch.receipt
+
+    async def wait_async(self, timeout: float | None = None) -> Receipt | None:
+        """`wait` for coroutines; no thread is held meanwhile."""
+        loop = asyncio.get_running_loop()
+        told = asyncio.Event()
+
+        def tell() -> None:
+            try:
+                loop.call_soon_threadsafe(told.set)
+            except RuntimeError:
+                pass  # the loop is gone, and so is who waited
+
+        self._watch.call_when_closed(tell)
+        try:
+            await asyncio.wait_for(told.wait(), timeout)
+        except asyncio.TimeoutError:
+            return None
+        return self._watch.receipt
+
+    # -- plumbing --------------------------------------------------------------------------------------------------
+
+    def _settle(self, verdict: Verdict, *, response_id: str | None = None, cause: str | None = None) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child never settles its parent's operations
+        runtime = self._runtime()
+        try:
+            self._settle_in(runtime, verdict, response_id, cause)
+        except Exception:
+            runtime.telemetry.internal_error("operation.settle")
+
+    def _settle_in(self, runtime: Runtime, verdict: Verdict, response_id: str | None, cause: str | None) -> None:
+        usage = verdict.usage
+        changed = False
+
+        def change(now: Row) -> Row:
+            nonlocal changed
+            if verdict.work == "completed":
+                assert usage is not None
+                state = now.state.completed(usage, verdict.source or "provider")
+            elif verdict.work == "failed":
+                state = now.state.failed()
+            else:
+                state = now.state.aborted()
+            if state == now.state:
+                return now
+            changed = True
+            row = now if now.body is None or state.route == now.state.route else withdrawn(now)
+            return dataclasses.replace(
+                row, state=state, response_id=response_id or row.response_id, ended_at=time.time()
+            )
+
+        row = runtime.ledger.apply(self.operation_id, change, fallback=self._row)
+        if row is None or not changed:
+            return
+        if usage is not None and not self._used:
+            self._used = True
+            for scope in self._watch.scopes:
+                scope.used(usage)
+            if verdict.source == "provider" and self._estimate is not None:
+                runtime.estimator.update(row.feature_code, self._estimate, usage)
+        if row.state.settlement == "pending":
+            runtime.settler.enqueue(row)
+        elif row.state.settlement == "lapsed":
+            runtime.ledger.settled(row, receipt_of(row, "lapsed", None, None))
+        self._tell(runtime, row, verdict, cause)
+
+    def _tell(self, runtime: Runtime, row: Row, verdict: Verdict, cause: str | None) -> None:
+        if verdict.work == "completed" and verdict.source == "estimated" and verdict.usage is not None:
+            runtime.telemetry.emit(
+                "vluna.usage.estimated",
+                "warn",
+                {
+                    **attributes_of(row),
+                    "gen_ai.usage.input_tokens": verdict.usage.input_tokens,
+                    "gen_ai.usage.output_tokens": verdict.usage.output_tokens,
+                },
+                span=span_of(row),
+                message="the answer brought no usage; an estimate is billed, labelled usage_source=estimated",
+            )
+        elif verdict.work != "completed":
+            runtime.count_forgone(row.principal_id, verdict.forgone_tokens)
+            runtime.telemetry.emit(
+                "vluna.operation.aborted",
+                "info",
+                {**attributes_of(row), "error.type": cause, "vluna.forgone_tokens": verdict.forgone_tokens},
+                span=span_of(row),
+            )

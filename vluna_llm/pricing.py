@@ -1,0 +1,75 @@
+"""Which meters have a price, and what they cost: a small cache over ``gate/meters?expand=pricing`` (design rule 6)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .usage.features import MeterNames
+
+TTL_SECONDS = 60.0
+_MAX_FEATURES = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """XUSD per ``unit_quantity`` tokens."""
+
+    unit_price_xusd: int
+    unit_quantity: int = 1
+
+
+Prices = Mapping[str, Price]
+"""The prices of one feature by meter code; a meter that is not there has none."""
+
+
+class PriceBook:
+    """Prices by feature, kept for a minute. Contract prices are not shown by the gate and not known here.
+
+    Args:
+        fetch: asks the gate for the prices of a feature, as seen by (principal, user); raises `GateError`.
+    """
+
+    def __init__(self, fetch: Callable[[str, str, str], Prices], clock: Callable[[], float] = time.monotonic) -> None:
+        self._fetch = fetch
+        self._clock = clock
+        self._guard = threading.Lock()
+        self._known: dict[str, tuple[float, Prices]] = {}
+
+    def prices(self, feature_code: str, principal_id: str, user_id: str) -> Prices:
+        """The prices of a feature, asked for where they are not known or are older than a minute.
+
+        Raises:
+            GateError: the gate could not be asked; a price known from before is used instead where there is one.
+        """
+        with self._guard:
+            found = self._known.get(feature_code)
+        if found is not None and self._clock() - found[0] < TTL_SECONDS:
+            return found[1]
+        prices = self._fetch(feature_code, principal_id, user_id)
+        with self._guard:
+            if len(self._known) >= _MAX_FEATURES:
+                self._known.pop(next(iter(self._known)))
+            self._known[feature_code] = (self._clock(), prices)
+        return prices
+
+    def forget(self, feature_code: str) -> None:
+        """Ask again next time: a pricing hint said that something changed."""
+        with self._guard:
+            self._known.pop(feature_code, None)
+
+    def guess(self, feature_code: str, names: MeterNames, input_tokens: int, output_tokens: int) -> int:
+        """What these tokens would cost in XUSD by the prices known now; 0 where none are. Never asks the gate."""
+        found = self._known.get(feature_code)
+        if found is None:
+            return 0
+        codes = names.codes(feature_code)
+        primary = found[1].get(feature_code)
+        total = 0
+        for code, quantity in ((codes.input, input_tokens), (codes.output, output_tokens)):
+            price = found[1].get(code) or primary
+            if price is not None:
+                total += quantity * price.unit_price_xusd // max(price.unit_quantity, 1)
+        return total

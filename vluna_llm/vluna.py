@@ -1,0 +1,541 @@
+"""The facade: settings in, metered clients and operations out."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+from .admission import Admissions, Prepared
+from .context import CallContext, current_context, make_context
+from .errors import ConfigurationError, GateError, MissingPrincipal, VlunaError
+from .gate.client import AsyncGateClient, GateClient
+from .gate.credentials import GateCredentials
+from .lifecycle import ModelCall, Operation
+from .manual import OperationContext
+from .operation import OperationState
+from .outbox import Row
+from .runtime import Runtime
+from .settings import Mode, Settings
+from .telemetry import SpanRef, Telemetry, log
+from .types import Lease
+from .usage.estimate import Estimate, Estimator
+from .usage.features import FeatureMap
+from .usage.types import TokenUsage
+
+C = TypeVar("C")
+
+_EXIT_SECONDS = 5.0
+_instances: weakref.WeakSet[Vluna] = weakref.WeakSet()
+
+
+class Vluna:
+    """A billing gate around model calls. One instance serves any number of threads, event loops and clients.
+
+    Args:
+        settings: how it behaves; from the environment where not given.
+        feature_map: how models become feature codes, in place of the file in ``features``.
+        **overrides: single settings by name, e.g. ``base_url=...``; not together with ``settings``.
+
+    Raises:
+        ConfigurationError: a setting is missing or wrong. Nothing is asked of the gate here.
+    """
+
+    def __init__(
+        self, settings: Settings | None = None, *, feature_map: FeatureMap | None = None, **overrides: Any
+    ) -> None:
+        if settings is not None and overrides:
+            raise ConfigurationError("Pass either a Settings object or single settings to Vluna(), not both.")
+        self.settings = settings if settings is not None else Settings(**overrides)
+        self.telemetry = Telemetry()
+        self._mode: Mode = self.settings.mode
+        self._guard = threading.RLock()
+        self._runtime: Runtime | None = None
+        self._left_to_parent: list[Runtime] = []
+        self._features = feature_map or FeatureMap.from_dict(self.settings.load_features())
+        self._estimator = Estimator()
+        self._admissions = Admissions(self.settings, self.telemetry)
+        self._gate: GateClient | None = None
+        self._async_gate: AsyncGateClient | None = None
+        if self._mode != "off":
+            self._credentials()
+        _instances.add(self)
+
+    def __repr__(self) -> str:
+        return f"Vluna(base_url={self.settings.base_url!r}, realm_id={self.settings.realm_id!r}, mode={self._mode!r})"
+
+    # -- what applications use -------------------------------------------------------------------------------------
+
+    @property
+    def mode(self) -> Mode:
+        """``enforce``, ``observe`` (ask and book, never refuse) or ``off``. May be set at run time: a kill switch."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, value: Mode) -> None:
+        if value not in ("enforce", "observe", "off"):
+            raise ConfigurationError(f"mode must be 'enforce', 'observe' or 'off', not {value!r}.")
+        if value != "off":
+            self._credentials()
+        self._mode = value
+
+    def wrap(self, client: C) -> C:
+        """The same client, metered: an instance of a subclass of its class. The original is left as it was.
+
+        Takes ``openai.OpenAI``, ``AsyncOpenAI``, their Azure variants and subclasses, or the module ``openai`` itself.
+        Wrapping a wrapped client meters once.
+
+        Raises:
+            ConfigurationError: this kind of client is not known.
+        """
+        return self._wrap(client, None)
+
+    def bind(
+        self,
+        client: C,
+        *,
+        principal_id: str | None = None,
+        user_id: str | None = None,
+        feature_code: str | None = None,
+        feature_family_code: str | None = None,
+        budget_id: str | None = None,
+        labels: Mapping[str, object] | None = None,
+        end_user: str | None = None,
+        request_id: str | None = None,
+    ) -> C:
+        """A metered client bound to one customer, for code that outlives a ``with call_context(...)``.
+
+        What it is bound to wins over the surrounding context.
+
+        Raises:
+            ConfigurationError: an id could not be signed, or this kind of client is not known.
+        """
+        bound = make_context(
+            principal_id=principal_id,
+            user_id=user_id,
+            feature_code=feature_code,
+            feature_family_code=feature_family_code,
+            budget_id=budget_id,
+            labels=labels,
+            end_user=end_user,
+            request_id=request_id,
+        )
+        return self._wrap(client, bound)
+
+    def operation(
+        self, *, feature_code: str, estimate: int = 0, feature_family_code: str | None = None
+    ) -> OperationContext:
+        """Gate and bill work that is no model call: a context manager, an async one and a decorator.
+
+        Args:
+            feature_code: what is sold.
+            estimate: about how much, in the feature's unit, >= 0.
+            feature_family_code: its family.
+
+        Raises:
+            ConfigurationError: the estimate is negative or the code is empty.
+        """
+        if isinstance(estimate, bool) or not isinstance(estimate, int) or estimate < 0:
+            raise ConfigurationError(f"estimate must be an integer of at least 0, not {estimate!r}.")
+        context = make_context(feature_code=feature_code, feature_family_code=feature_family_code)
+        return OperationContext(self, context, estimate)
+
+    @property
+    def gate(self) -> GateClient:
+        """The typed gate client, for threads."""
+        with self._guard:
+            if self._gate is None:
+                self._gate = GateClient(self._credentials())
+            return self._gate
+
+    @property
+    def async_gate(self) -> AsyncGateClient:
+        """The typed gate client, for event loops."""
+        with self._guard:
+            if self._async_gate is None:
+                self._async_gate = AsyncGateClient(self._credentials())
+            return self._async_gate
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait at most ``timeout`` seconds until every settlement is delivered; False where something is left."""
+        runtime = self._runtime
+        return runtime is None or runtime.pid != os.getpid() or runtime.flush(timeout)
+
+    async def aflush(self, timeout: float | None = None) -> bool:
+        """`flush` for coroutines."""
+        import asyncio
+
+        return await asyncio.to_thread(self.flush, timeout)
+
+    def close(self, timeout: float = _EXIT_SECONDS) -> bool:
+        """Deliver for at most ``timeout`` seconds and stop; what is left stays on disk for the next process.
+
+        Runs by itself at interpreter exit. Using the instance again afterwards starts it again.
+        """
+        with self._guard:
+            runtime, self._runtime = self._runtime, None
+        if runtime is None or runtime.pid != os.getpid():
+            return True
+        done = runtime.close(timeout)
+        with self._guard:
+            if self._gate is not None and self._runtime is None:
+                self._gate.close()
+        return done
+
+    async def aclose(self, timeout: float = _EXIT_SECONDS) -> bool:
+        """`close` for coroutines; also closes the connections of the running loop."""
+        import asyncio
+
+        done = await asyncio.to_thread(self.close, timeout)
+        if self._async_gate is not None:
+            await self._async_gate.aclose()
+        return done
+
+    def __enter__(self) -> Vluna:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Vluna:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @classmethod
+    def default(cls) -> Vluna:
+        """The process's own instance, made from the environment on first use; the drop-in clients share it.
+
+        Raises:
+            ConfigurationError: the environment is incomplete or wrong.
+        """
+        global _default
+        with _default_guard:
+            if _default is None:
+                _default = cls()
+            return _default
+
+    # -- what integrations use -------------------------------------------------------------------------------------
+
+    def begin(self, call: ModelCall, bound: CallContext | None = None) -> Operation | None:
+        """Admit a model call: capture who pays, ask the gate, keep a row. None where the call is not metered.
+
+        Raises:
+            MissingPrincipal, ConfigurationError: nobody to bill, or something that can never be booked.
+            GateDenied, GateRateLimited, InvalidGateRequest: the gate refused; the provider must not be called.
+            GateUnavailable: no gate, and ``on_gate_unavailable="deny"``.
+        """
+        prepared = self._prepare(call, bound)
+        return None if prepared is None else self._admit(prepared)
+
+    async def abegin(self, call: ModelCall, bound: CallContext | None = None) -> Operation | None:
+        """`begin` for coroutines."""
+        prepared = self._prepare(call, bound)
+        return None if prepared is None else await self._aadmit(prepared)
+
+    def begin_work(self, context: CallContext, estimate: int) -> Operation | None:
+        """Admit work that is no model call."""
+        prepared = self._prepare_work(context, estimate)
+        return None if prepared is None else self._admit(prepared)
+
+    async def abegin_work(self, context: CallContext, estimate: int) -> Operation | None:
+        """`begin_work` for coroutines."""
+        prepared = self._prepare_work(context, estimate)
+        return None if prepared is None else await self._aadmit(prepared)
+
+    def unmetered(self, what: str, bound: CallContext | None = None) -> None:
+        """A call that costs money and that we do not meter (design rule 18): warn, refuse or ignore.
+
+        Raises:
+            ConfigurationError: ``on_unmetered="deny"``.
+        """
+        if self._mode == "off" or self.settings.on_unmetered == "ignore":
+            return
+        if self.settings.on_unmetered == "deny" and self._mode == "enforce":
+            raise ConfigurationError(
+                f"{what} costs money and is not metered, and VLUNA_LLM_ON_UNMETERED is 'deny'; "
+                "set it to 'warn' to let such calls through unbilled."
+            )
+        context = current_context() if bound is None else current_context().override(bound)
+        self.telemetry.emit(
+            "vluna.endpoint.unmetered",
+            "warn",
+            {"vluna.endpoint": what, "vluna.principal.id": context.principal_id},
+            message=f"{what} costs money and is not metered: nobody is billed for this call",
+        )
+
+    def book_background(
+        self, response_id: str, usage: TokenUsage, call: ModelCall, bound: CallContext | None = None
+    ) -> None:
+        """A retrieve brought the usage of a background response: book it by ingest, once, on whatever host (rule 4).
+
+        Its key is made of the realm and the response id, so that repeated retrieves book nothing more.
+        """
+        try:
+            prepared = self._prepare(call, bound, background=response_id)
+            if prepared is None or usage.total_tokens == 0:
+                return
+            runtime = self._running()
+            if runtime.ledger.get(prepared.row.operation_id) is not None:
+                return
+            state = OperationState().ungated().started().completed(usage, "provider")
+            self._store(runtime, prepared.with_state(state, response_id))
+            for scope in prepared.context.scopes:
+                scope.used(usage)
+            row = runtime.ledger.get(prepared.row.operation_id)
+            if row is not None:
+                runtime.settler.enqueue(row)
+        except VlunaError as error:
+            log.warning("background response %s is not booked: %s", response_id, error)
+        except Exception:
+            self.internal_error("vluna.book_background")
+
+    def internal_error(self, where: str) -> None:
+        """Called while an exception of ours is handled: log and count it; the product's call goes on."""
+        self.telemetry.internal_error(where)
+
+    def tell_nothing_recorded(self, operation_id: str) -> None:
+        """A ``vluna.operation`` ended without ``record``: nothing is charged, and that is told."""
+        log.warning("operation %s ended without op.record(...): nothing is charged", operation_id)
+
+    # -- admission -------------------------------------------------------------------------------------------------
+
+    def _prepare(self, call: ModelCall, bound: CallContext | None, *, background: str | None = None) -> Prepared | None:
+        if self._mode == "off":
+            return None
+        context = self._payer(bound)
+        if context is None:
+            return None
+        try:
+            feature = self._features.resolve(call.model, call.provider)
+            code = context.feature_code or feature.feature_code
+            if context.idempotency_key is None:
+                estimate = self._estimator.predict(code, call.body, kind=call.kind)
+            else:
+                estimate = self._estimator.uncalibrated(code, call.body, kind=call.kind)
+            fingerprint = _fingerprint(call) if context.idempotency_key is not None else ""
+            return self._prepared(
+                context,
+                code,
+                context.feature_family_code or feature.family_code,
+                estimate,
+                model=call.model or None,
+                fingerprint=fingerprint,
+                background=background,
+            )
+        except VlunaError:
+            raise
+        except Exception:
+            self.internal_error("vluna.begin")
+            return None
+
+    def _prepare_work(self, work: CallContext, estimate: int) -> Prepared | None:
+        if self._mode == "off":
+            return None
+        context = self._payer(work)
+        if context is None:
+            return None
+        assert work.feature_code is not None
+        return self._prepared(
+            context, work.feature_code, work.feature_family_code, None, quantity=estimate, fingerprint="work"
+        )
+
+    def _payer(self, bound: CallContext | None) -> CallContext | None:
+        """Who pays: the bound client's context over the surrounding one over the settings."""
+        context = current_context() if bound is None else current_context().override(bound)
+        if context.principal_id is None and self.settings.principal is not None:
+            preset = CallContext(principal_id=self.settings.principal, user_id=self.settings.user)
+            context = preset.override(context)
+        if context.principal_id is None:
+            if self._mode == "enforce":
+                raise MissingPrincipal
+            self.telemetry.emit(
+                "vluna.endpoint.unmetered",
+                "warn",
+                {"error.type": "MissingPrincipal"},
+                message=f"{MissingPrincipal()} The call goes on, since the mode is 'observe'",
+            )
+            return None
+        return context
+
+    def _prepared(
+        self,
+        context: CallContext,
+        feature_code: str,
+        family: str | None,
+        estimate: Estimate | None,
+        *,
+        quantity: int = 0,
+        model: str | None = None,
+        fingerprint: str = "",
+        background: str | None = None,
+    ) -> Prepared:
+        assert context.principal_id is not None
+        settings = self.settings
+        base_url, realm_id = settings.base_url or "", settings.realm_id or ""
+        principal, user = context.principal_id, context.user_id or context.principal_id
+        operation_id = str(uuid.uuid4())
+        base = f"vluna-llm:{operation_id}"
+        if background is not None:
+            digest = _digest(realm_id, background)
+            operation_id = base = f"vluna-llm:background:{digest}"
+        elif context.idempotency_key is not None:
+            nth = context.scopes[-1].occurrence(fingerprint) if context.scopes else 0
+            base = "vluna-llm:job:" + _digest(
+                realm_id, principal, user, context.idempotency_key, feature_code, fingerprint, str(nth)
+            )
+        span = SpanRef.current()
+        labels = dict(context.labels)
+        if context.end_user:
+            labels["end_user"] = context.end_user
+        row = Row(
+            operation_id=operation_id,
+            base_url=base_url,
+            realm_id=realm_id,
+            pid=os.getpid(),
+            principal_id=principal,
+            user_id=user,
+            feature_code=feature_code,
+            created_at=time.time(),
+            authorize_key=f"{base}:auth",
+            settle_key=base,
+            feature_family_code=family,
+            budget_id=context.budget_id,
+            labels=labels or None,
+            model=model,
+            estimated_input=estimate.input_tokens if estimate else quantity,
+            estimated_output=estimate.output_tokens if estimate else 0,
+            request_id=context.request_id,
+            trace_id=span.trace_id if span else None,
+            span_id=span.span_id if span else None,
+            derived=context.idempotency_key is not None or background is not None,
+            unsplit=estimate is None,
+        )
+        return Prepared(row, context, estimate)
+
+    def _store(self, runtime: Runtime, prepared: Prepared) -> None:
+        prepared.watch = self._admissions.store(runtime, prepared, self._features)
+
+    def _admit(self, prepared: Prepared) -> Operation | None:
+        runtime = self._running()
+        self._store(runtime, prepared)
+        try:
+            outcome: Lease | GateError | None = self._admissions.without_asking()
+            if outcome is None:
+                try:
+                    outcome = runtime.gate.authorize(**prepared.authorize(self.settings.authorize_deadline))
+                except GateError as error:
+                    outcome = error
+            return self._admissions.decide(runtime, prepared, outcome, self._mode, self._running)
+        except VlunaError:
+            raise
+        except Exception:
+            self.internal_error("vluna.begin")
+            return self._admissions.admit_ungated(runtime, prepared, self._running)
+        except BaseException:
+            self._admissions.give_up(runtime, prepared)
+            raise
+
+    async def _aadmit(self, prepared: Prepared) -> Operation | None:
+        runtime = self._running()
+        self._store(runtime, prepared)
+        try:
+            outcome: Lease | GateError | None = self._admissions.without_asking()
+            if outcome is None:
+                try:
+                    outcome = await runtime.async_gate.authorize(**prepared.authorize(self.settings.authorize_deadline))
+                except GateError as error:
+                    outcome = error
+            return self._admissions.decide(runtime, prepared, outcome, self._mode, self._running)
+        except VlunaError:
+            raise
+        except Exception:
+            self.internal_error("vluna.begin")
+            return self._admissions.admit_ungated(runtime, prepared, self._running)
+        except BaseException:
+            self._admissions.give_up(runtime, prepared)
+            raise
+
+    # -- plumbing --------------------------------------------------------------------------------------------------
+
+    def _wrap(self, client: C, bound: CallContext | None) -> C:
+        # The one import that goes up: the facade is where users look for wrap(), the integrations know the clients.
+        kind = client.__name__ if isinstance(client, type(os)) else type(client).__mro__[-2].__module__
+        modules = {klass.__module__.partition(".")[0] for klass in type(client).__mro__} | {kind.partition(".")[0]}
+        if "openai" not in modules:
+            raise ConfigurationError(
+                f"Vluna.wrap does not know {type(client).__name__}; pass an openai client or the module openai."
+            )
+        integration = importlib.import_module("vluna_llm.integrations.openai")
+        wrapped: C = integration.wrap_client(self, client, bound)
+        return wrapped
+
+    def _credentials(self) -> GateCredentials:
+        base_url, realm_id, key_id, secret = self.settings.require_credentials()
+        return GateCredentials(base_url, realm_id, key_id, secret, allow_plaintext=self.settings.allow_plaintext)
+
+    def _running(self) -> Runtime:
+        """The runtime of this process: a forked child gets its own, and so does an instance that was closed."""
+        runtime = self._runtime
+        if runtime is not None and runtime.pid == os.getpid() and not runtime.closed:
+            return runtime
+        with self._guard:
+            runtime = self._runtime
+            if runtime is not None and runtime.pid != os.getpid():
+                # Kept, so that its file descriptors and locks are not closed under the parent's journal.
+                self._left_to_parent.append(runtime)
+                runtime = None
+            if runtime is None or runtime.closed:
+                runtime = self._runtime = Runtime(
+                    self.settings, self.gate, self.async_gate, self._estimator, self.telemetry, self._features.names
+                )
+            return runtime
+
+    def _after_fork(self) -> None:
+        self._guard = threading.RLock()
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\x00".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def _fingerprint(call: ModelCall) -> str:
+    body = json.dumps(call.body, sort_keys=True, default=lambda value: type(value).__name__)
+    return _digest(call.kind, call.model, body)
+
+
+_default: Vluna | None = None
+_default_guard = threading.Lock()
+
+
+@atexit.register
+def _close_all() -> None:
+    for instance in list(_instances):
+        with contextlib.suppress(Exception):
+            instance.close()
+
+
+def _forked() -> None:
+    global _default_guard
+    _default_guard = threading.Lock()
+    for instance in list(_instances):
+        instance._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -16,6 +16,12 @@ from .types import Receipt
 from .usage.types import TokenUsage
 
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
+
+
+def _no_labels() -> Mapping[str, str]:
+    return _NO_LABELS
+
+
 _MAX_RECEIPTS = 10_000
 
 _FIELDS = (
@@ -55,7 +61,7 @@ class CallContext:
     end_user: str | None = None
     request_id: str | None = None
     idempotency_key: str | None = None
-    labels: Mapping[str, str] = _NO_LABELS
+    labels: Mapping[str, str] = field(default_factory=_no_labels, hash=False)
     scopes: tuple[Scope, ...] = ()
 
     def override(self, other: CallContext) -> CallContext:

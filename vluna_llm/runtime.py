@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 
 from .errors import OutboxUnavailable
 from .gate import answers
-from .gate.client import AsyncGateClient, GateClient
+from .gate.client import GateClient
+from .gate.client_async import AsyncGateClient
 from .gate.models import CancelResult, CommitResult
 from .gate.requests import GateRequest
 from .ledger import Ledger

@@ -205,6 +205,7 @@ def slow_backoff(attempt: int, jitter: float) -> float:
 def receipt_of(row: Row, state: ReceiptState, result: CommitResult | None, detail: str | None) -> Receipt:
     """The receipt of a settled row."""
     usage = row.state.usage
+    tokens = None if row.unsplit else usage
     shown = result.amount_xusd if result is not None else None
     charged = shown if state in ("booked", "rebooked") else 0
     return Receipt(
@@ -215,9 +216,9 @@ def receipt_of(row: Row, state: ReceiptState, result: CommitResult | None, detai
         amount_xusd=shown,
         charged_xusd=charged,
         commit_id=result.commit_id if result is not None else None,
-        input_tokens=usage.input_tokens if usage else 0,
-        cached_tokens=usage.cached_tokens if usage else 0,
-        output_tokens=usage.output_tokens if usage else 0,
+        input_tokens=tokens.input_tokens if tokens else 0,
+        cached_tokens=tokens.cached_tokens if tokens else 0,
+        output_tokens=tokens.output_tokens if tokens else 0,
         quantity=usage.total_tokens if usage else 0,
         usage_source=row.state.usage_source,
         model=row.model,

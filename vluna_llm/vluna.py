@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 from .admission import Admissions, Prepared
 from .context import CallContext, current_context, make_context
 from .errors import ConfigurationError, GateError, MissingPrincipal, VlunaError
-from .gate.client import AsyncGateClient, GateClient
+from .gate.client import GateClient
+from .gate.client_async import AsyncGateClient
 from .gate.credentials import GateCredentials
 from .lifecycle import ModelCall, Operation
 from .manual import OperationContext

@@ -53,6 +53,11 @@ def meters(world: World, account: Account, user: User, query: Query) -> list[dic
             budget_id, balance = budget.budget_id, max(budget.remaining_xusd, 0)
         else:
             balance = world.purse(user.billing_user_id).spendable_xusd
+    if world.options.auto_registry and world.options.defaults.primary_xusd is not None:
+        # Only where new features come with a price: asking for one shows it, as if an operator had priced it before.
+        for code in _words(query, "feature_code"):
+            if catalogue.find_feature(world, account.realm_id, code) is None:
+                catalogue.register_feature(world, account.realm_id, code, None)
     by_meter: dict[str, list[Feature]] = {}
     for feature in _features(world, account, query):
         for meter in feature.meters:

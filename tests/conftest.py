@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +27,42 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         if name.startswith(("VLUNA_", "OPENAI_", "ANTHROPIC_")):
             monkeypatch.delenv(name)
     yield
+
+
+@pytest.fixture
+def gate() -> Iterator[Any]:
+    """An embedded gate with its default prices and credit, on real HTTP."""
+    from vluna_llm.sandbox import Sandbox
+
+    with Sandbox() as running:
+        yield running
+
+
+@pytest.fixture
+def make_vluna(gate: Any) -> Iterator[Callable[..., Any]]:
+    """Makes `Vluna` instances against the embedded gate, with the outbox in memory unless told otherwise."""
+    from vluna_llm import Vluna
+
+    made: list[Any] = []
+
+    def make(**settings: Any) -> Any:
+        given = {
+            "base_url": gate.base_url,
+            "realm_id": gate.realm_id,
+            "key_id": gate.key_id,
+            "key_secret": gate.key_secret,
+            "outbox": "memory",
+            **settings,
+        }
+        made.append(Vluna(**given))
+        return made[-1]
+
+    yield make
+    for instance in made:
+        instance.close(timeout=1.0)
+
+
+@pytest.fixture
+def vluna(make_vluna: Callable[..., Any]) -> Any:
+    """One `Vluna` with default behaviour against the embedded gate."""
+    return make_vluna()

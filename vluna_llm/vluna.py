@@ -328,7 +328,7 @@ class Vluna:
             if context.idempotency_key is None:
                 estimate = self._estimator.predict(code, call.body, kind=call.kind)
             else:
-                estimate = self._estimator.uncalibrated(code, call.body, kind=call.kind)
+                estimate = self._estimator.uncalibrated(call.body, kind=call.kind)
             fingerprint = _fingerprint(call) if context.idempotency_key is not None else ""
             return self._prepared(
                 context,

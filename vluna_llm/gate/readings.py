@@ -230,6 +230,10 @@ class IssuedToken(Reading):
     billing_account_id: Text = None
     billing_user_id: Text = None
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        # Members that are not known here might be secrets as well.
+        return ((name, value) for name, value in super().__repr_args__() if name in type(self).model_fields)
+
 
 class RatedRecord(Reading):
     """One line of a rating."""
@@ -286,8 +290,16 @@ class Allocation(Reading):
     billing_account_id: Text = None
     billing_user_id: Text = None
     grant_id: Text = None
+    feature_code: Text = None
     funding_kind: Text = None
+    direction: Text = None
     allocated_xusd: Int = None
+    amount_xusd: Int = None
+    cost_xusd: Int = None
+    applied_quantity_minor: Int = None
+    applied_amount_xusd: Int = None
+    applied_cost_xusd: Int = None
+    entry_amount_xusd: Int = None
     application_status: Text = None
     settlement_state: Text = None
     rated_at: Time = None

@@ -57,10 +57,6 @@ class Patience:
             raise ValueError(f"timeout must be a positive number of seconds, not {timeout!r}")
         return cls(min(1.0, timeout), timeout, timeout)
 
-    def as_dict(self) -> dict[str, float]:
-        """As httpx and httpcore take it."""
-        return {"connect": self.connect, "read": self.read, "write": self.read, "pool": self.total}
-
 
 class TransportError(Exception):
     """No answer came. Carries the fault, never the request."""

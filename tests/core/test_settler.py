@@ -1,0 +1,274 @@
+"""Delivery under every habit of the gate: known usage is charged exactly once, and what is not charged is told."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vluna_llm import TokenUsage, Vluna, call_context
+from vluna_llm.ending import Ending
+from vluna_llm.lifecycle import ModelCall, Operation
+from vluna_llm.sandbox import Sandbox
+from vluna_llm.settlement import backoff, slow_backoff
+
+CALL = ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": []})
+USED = Ending("complete", usage=TokenUsage(100, 20), finished=True, response_id="resp_1")
+FEATURE = "openai.gpt-4o-mini"
+
+
+def begin(vluna: Vluna, principal: str = "ann") -> Operation:
+    with call_context(principal_id=principal):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    return operation
+
+
+def complete(vluna: Vluna, principal: str = "ann") -> Operation:
+    operation = begin(vluna, principal)
+    operation.finish(USED)
+    return operation
+
+
+def charged(gate: Sandbox, principal: str = "ann") -> list[int]:
+    return [entry.quantity for entry in gate.booked(principal).entries if entry.charged_xusd > 0]
+
+
+@pytest.mark.parametrize("fault", ["error_before", "error_after", "drop_before", "drop_after"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_unknown_outcome_is_retried_under_the_same_key_with_the_same_bytes(
+    vluna: Vluna, gate: Sandbox, fault: Any, times: int
+) -> None:
+    gate.faults.add(fault, "commits", times=times)
+    complete(vluna)
+    assert vluna.flush(20)
+    assert charged(gate) == [120]
+    sent = [request for request in gate.requests if request.route == "commits"]
+    assert len({request.idempotency_key for request in sent}) == 1
+    assert len(sent) >= times
+
+
+def test_an_answer_that_cannot_be_read_is_an_answer(vluna: Vluna, gate: Sandbox) -> None:
+    gate.faults.add("garbage", "commits", body="<html>ok</html>")
+    operation = complete(vluna)
+    assert vluna.flush(10)
+    assert charged(gate) == [120]
+    receipt = operation.wait(0)
+    assert receipt is not None
+    assert receipt.charged_xusd is None
+    assert sum(request.route == "commits" for request in gate.requests) == 1
+
+
+def test_a_commit_after_the_grace_is_repaired_by_ingest(vluna: Vluna, gate: Sandbox) -> None:
+    operation = begin(vluna)
+    gate.clock.advance(13 * 3600)
+    operation.finish(USED)
+    assert vluna.flush(10)
+    entries = gate.booked("ann").entries
+    assert [(entry.kind, entry.status, entry.charged_xusd > 0) for entry in entries] == [
+        ("commit", "quarantined", False),
+        ("ingest", "applied", True),
+    ]
+    receipt = operation.wait(0)
+    assert receipt is not None
+    assert receipt.state == "rebooked"
+    assert entries[1].idempotency_key == entries[0].idempotency_key.replace(":commit", ":ingest")
+
+
+def test_a_lease_that_was_cancelled_elsewhere_is_repaired_by_ingest(vluna: Vluna, gate: Sandbox) -> None:
+    operation = begin(vluna)
+    assert operation.lease is not None
+    vluna.gate.cancel(lease=operation.lease, principal_id="ann")
+    operation.finish(USED)
+    assert vluna.flush(10)
+    assert charged(gate) == [120]
+
+
+def test_a_lease_that_was_committed_before_is_never_repaired(
+    vluna: Vluna, gate: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the gate's own books could tell whether that commit was charged: it is held and told."""
+    operation = begin(vluna)
+    assert operation.lease is not None
+    vluna.gate.commit(lease=operation.lease, principal_id="ann", quantity=7)
+    with caplog.at_level(logging.ERROR, "vluna_llm"):
+        operation.finish(USED)
+        assert vluna.flush(10)
+    assert charged(gate) == [7]
+    receipt = operation.wait(0)
+    assert receipt is not None
+    assert (receipt.state, receipt.charged_xusd) == ("quarantined", 0)
+    assert "NOT CHARGED" in caplog.text
+
+
+def test_a_feature_without_any_price_is_quarantined_aloud_and_kept(
+    vluna: Vluna, gate: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    operation = begin(vluna)
+    for meter in (FEATURE, *(f"{FEATURE}.tokens.{part}" for part in ("input", "cached", "output"))):
+        gate.unprice(meter)
+    with caplog.at_level(logging.ERROR, "vluna_llm"):
+        operation.finish(USED)
+        assert vluna.flush(10)
+    assert charged(gate) == []
+    assert "NOT CHARGED" in caplog.text
+    assert vluna.telemetry.counts["vluna.settlement.quarantined"] == 1
+    (row,) = vluna._running().ledger.journal.rows("quarantined")
+    assert row.operation_id == operation.operation_id
+
+
+def test_a_category_without_a_price_folds_into_its_parent(vluna: Vluna, gate: Sandbox) -> None:
+    operation = begin(vluna)
+    gate.unprice(f"{FEATURE}.tokens.cached")
+    operation.finish(Ending("complete", usage=TokenUsage(100, 20, cached_tokens=40), finished=True))
+    assert vluna.flush(10)
+    (entry,) = gate.booked("ann").entries
+    assert entry.lines == {f"{FEATURE}.tokens.input": 100, f"{FEATURE}.tokens.output": 20}
+    assert entry.charged_xusd > 0
+
+
+def test_an_ingest_waits_for_a_price_instead_of_booking_nothing(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    vluna = make_vluna(mode="observe")
+    gate.feature("new.model", meters=("new.model",))
+    gate.unprice("new.model")
+    gate.set_credit("ann", 0)
+    gate.quota(0)
+    with call_context(principal_id="ann", feature_code="new.model"):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    assert operation.lease is None
+    operation.finish(USED)
+    assert not vluna.flush(1)
+    assert gate.booked("ann").entries == ()
+    assert "no price" in caplog.text
+
+
+def test_settlements_of_one_customer_go_one_after_another(vluna: Vluna, gate: Sandbox) -> None:
+    gate.faults.add("latency", "commits", times=None, seconds=0.05)
+    operations = [begin(vluna) for _ in range(5)] + [begin(vluna, "bob") for _ in range(5)]
+    started = time.perf_counter()
+    for operation in operations:
+        operation.finish(USED)
+    assert vluna.flush(10)
+    assert time.perf_counter() - started >= 0.25, "five commits of one customer never overlap"
+    order = [request.principal_id for request in gate.requests if request.route == "commits"]
+    assert order.index("bob") < 3, "the other customer does not wait for the first one's lane"
+    assert charged(gate) == [120] * 5
+
+
+def test_a_settlement_that_waits_never_blocks_its_lane(vluna: Vluna, gate: Sandbox) -> None:
+    gate.faults.add("rate_limited", "commits", times=1, seconds=3)
+    first, second = complete(vluna), complete(vluna)
+    started = time.monotonic()
+    assert second.wait(2) is not None
+    assert time.monotonic() - started < 2
+    assert first.wait(10) is not None
+    assert charged(gate) == [120, 120]
+
+
+def test_a_refused_key_is_told_and_kept(vluna: Vluna, gate: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    operation = begin(vluna)
+    gate.faults.add("status", "commits", times=1, status=401, body='{"ok":false,"code":"AUTH.INVALID","message":"no"}')
+    operation.finish(USED)
+    assert not vluna.flush(0.5)
+    assert "vluna.settlement.retrying" in caplog.text
+    (row,) = vluna._running().ledger.journal.rows("sent")
+    assert row.operation_id == operation.operation_id
+
+
+def test_work_that_the_gate_will_not_take_any_more_is_kept_for_the_operator(vluna: Vluna, gate: Sandbox) -> None:
+    operation = begin(vluna)
+    gate.feature(FEATURE, active=False)
+    operation.finish(USED)
+    assert vluna.flush(10)
+    (row,) = vluna._running().ledger.journal.rows("refused")
+    assert row.last_error is not None
+    assert "feature inactive" in row.last_error
+    receipt = operation.wait(0)
+    assert receipt is not None
+    assert receipt.state == "refused"
+
+
+def test_usage_that_follows_a_cancel_is_booked_by_ingest(vluna: Vluna, gate: Sandbox) -> None:
+    gate.faults.add("latency", "cancel", seconds=0.3)
+    operation = begin(vluna)
+    operation.finish(Ending("closed"))
+    time.sleep(0.15)
+    operation.finish(USED)
+    assert vluna.flush(10)
+    entries = gate.booked("ann").entries
+    assert [(entry.kind, entry.charged_xusd > 0) for entry in entries] == [("ingest", True)]
+
+
+def test_the_other_dialect_never_cancels(make_vluna: Callable[..., Vluna]) -> None:
+    with Sandbox(dialect="lease") as gate:
+        vluna = Vluna(
+            base_url=gate.base_url,
+            realm_id=gate.realm_id,
+            key_id=gate.key_id,
+            key_secret=gate.key_secret,
+            outbox="memory",
+        )
+        begin(vluna).fail()
+        complete(vluna)
+        assert vluna.flush(10)
+        assert charged(gate) == [120]
+        assert not [request for request in gate.requests if request.route == "cancel"]
+        vluna.close()
+
+
+def test_undelivered_settlements_survive_the_process_and_go_out_with_the_next(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Any
+) -> None:
+    first = make_vluna(outbox=str(tmp_path))
+    complete(first)
+    flying = begin(first)
+    assert first.flush(10)
+    gate.stop()
+    pending = begin_offline(first)
+    assert not first.close(timeout=0.3)
+    assert [path.suffix for path in tmp_path.iterdir() if path.suffix == ".sqlite3"] == [".sqlite3"]
+    gate.start()
+    second = make_vluna(outbox=str(tmp_path))
+    complete(second, "bob")
+    assert second.flush(15)
+    assert charged(gate) == [120, 120]
+    assert pending.operation_id in {entry.labels["operation_id"] for entry in gate.booked("ann").entries}
+    lost = second._running().ledger.journal.rows("lost")
+    assert [row.operation_id for row in lost] == [flying.operation_id]
+
+
+def begin_offline(vluna: Vluna) -> Operation:
+    operation = begin(vluna)
+    operation.finish(USED)
+    return operation
+
+
+def test_the_outbox_holds_no_prompt_no_answer_and_no_key(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Any
+) -> None:
+    vluna = make_vluna(outbox=str(tmp_path))
+    secret_call = ModelCall("chat.completions", "openai", "m", {"messages": [{"content": "the launch code is 1234"}]})
+    with call_context(principal_id="ann"):
+        operation = vluna.begin(secret_call)
+    assert operation is not None
+    operation.finish(USED)
+    assert vluna.flush(10)
+    held = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"ann" in held
+    assert b"launch code" not in held
+    assert gate.key_secret.encode() not in held
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_the_schedule_grows_is_jittered_and_stays_within_five_minutes() -> None:
+    assert [backoff(n, 1.0) for n in (1, 2, 3, 5, 7)] == [0.25, 0.5, 1.0, 4.0, 4.0]
+    assert backoff(1, 0.0) == 0.125
+    assert backoff(40, 1.0) == 300.0
+    assert slow_backoff(1, 1.0) == 15.0
+    assert slow_backoff(40, 1.0) == 300.0

@@ -16,9 +16,8 @@ import threading
 import time
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -29,58 +28,12 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vluna_llm.sandbox.recordings import Choice, Recording, Repertoire, ReportedTokens, load_recordings
+from vluna_llm.sandbox.upstream_faults import PlannedFault, UpstreamFault
 
 SCENARIO_HEADER = "x-replay-cassette"
 FAULT_HEADER = "x-replay-fault"
 
 _STOP_SECONDS = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """What goes wrong with one answer. Parts are events of a stream; a plain body counts as one part.
-
-    ``status``: answer with this error instead (``retry_after`` seconds go along). ``cut_after``: really drop the
-    connection after so many parts, 0 before the first byte; a plain body is cut in its middle; ``reset`` drops it with
-    a TCP reset instead of an orderly end. ``hang_after``: fall silent after so many parts, 0 before the first byte,
-    until the caller leaves. ``delay``: seconds before the first byte. ``gzip``: a compressed answer.
-
-    Raises:
-        ValueError: a number is negative, or both ``cut_after`` and ``hang_after`` are given.
-    """
-
-    status: int | None = None
-    retry_after: float | None = None
-    cut_after: int | None = None
-    reset: bool = False
-    hang_after: int | None = None
-    delay: float = 0.0
-    gzip: bool = False
-
-    def __post_init__(self) -> None:
-        if self.cut_after is not None and self.hang_after is not None:
-            raise ValueError("a connection is either cut or left hanging: give cut_after or hang_after")
-        for name in ("status", "retry_after", "cut_after", "hang_after", "delay"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative, not {value!r}")
-
-    @classmethod
-    def parse(cls, text: str) -> Fault:
-        """Read the form of the header: ``cut_after=5, reset`` or ``status=429, retry_after=1``.
-
-        Raises:
-            ValueError: an unknown name, or a value that is not a number.
-        """
-        kinds = {one.name: str(one.type) for one in fields(cls)}
-        given: dict[str, Any] = {}
-        for item in text.split(","):
-            name, _, value = (part.strip() for part in item.partition("="))
-            if name not in kinds:
-                raise ValueError(f"unknown fault {name!r}; known: {', '.join(kinds)}")
-            kind = kinds[name]
-            given[name] = True if kind == "bool" else float(value) if "float" in kind else int(value)
-        return cls(**given)
 
 
 @dataclass(slots=True)
@@ -104,29 +57,12 @@ class Served:
     parts_total: int = 0
     parts_sent: int = 0
     usage_sent: bool = False
-    fault: Fault | None = None
+    fault: UpstreamFault | None = None
 
     @property
     def complete(self) -> bool:
         """Whether the whole answer was handed to the connection."""
         return self.parts_sent == self.parts_total
-
-
-@dataclass(slots=True)
-class _Planned:
-    fault: Fault
-    left: int
-    path: str | None
-    model: str | None
-    stream: bool | None
-
-    def fits(self, path: str, model: str | None, stream: bool) -> bool:
-        return (
-            self.left > 0
-            and self.path in (None, path)
-            and self.model in (None, model)
-            and self.stream in (None, stream)
-        )
 
 
 class ReplayUpstream:
@@ -147,10 +83,9 @@ class ReplayUpstream:
         self._event_delay = event_delay
         self._first_byte_delay = first_byte_delay
         self._served: list[Served] = []
-        self._planned: list[_Planned] = []
+        self._planned: list[PlannedFault] = []
         self._lock = threading.Lock()
-        self._transports: dict[object, asyncio.Transport] = {}
-        self._stopping = False
+        self._connections = _Connections()
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
         self._port = 0
@@ -178,7 +113,7 @@ class ReplayUpstream:
 
     def inject(
         self,
-        fault: Fault,
+        fault: UpstreamFault,
         *,
         times: int = 1,
         path: str | None = None,
@@ -187,7 +122,7 @@ class ReplayUpstream:
     ) -> None:
         """Let the next ``times`` matching requests meet this fault; a fault in the request's own header goes first."""
         with self._lock:
-            self._planned.append(_Planned(fault, times, path, model, stream))
+            self._planned.append(PlannedFault(fault, times, path, model, stream))
 
     def start(self) -> ReplayUpstream:
         """Listen on a free port of 127.0.0.1.
@@ -197,11 +132,14 @@ class ReplayUpstream:
         """
         if self._thread is not None:
             raise RuntimeError("this replay upstream was started before")
-        listening = socket.create_server(("127.0.0.1", 0))
+        # With the protocol named, asyncio switches Nagle off on what it accepts: no event waits for an ACK.
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(2048)
         self._port = listening.getsockname()[1]
         config = uvicorn.Config(
             Starlette(routes=[Route("/{path:path}", self._answer, methods=["GET", "POST", "DELETE"])]),
-            http=_protocol_with_transports(self._transports),
+            http=_protocol_with_transports(self._connections),
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -226,10 +164,12 @@ class ReplayUpstream:
 
     def stop(self) -> None:
         """End every connection, hanging ones too, and wait for the thread; may be called twice."""
-        self._stopping = True
-        if self._server is not None and self._thread is not None:
-            self._server.should_exit = True
-            self._thread.join(_STOP_SECONDS)
+        if self._server is None or self._thread is None or not self._thread.is_alive():
+            return
+        self._server.should_exit = True
+        if self._connections.loop is not None:
+            self._connections.loop.call_soon_threadsafe(self._connections.drop_all)
+        self._thread.join(_STOP_SECONDS)
 
     def __enter__(self) -> ReplayUpstream:
         return self.start()
@@ -263,7 +203,7 @@ class ReplayUpstream:
             stream=stream,
             recording=None if choice is None or failed else choice.recording.name,
             status=fault.status or (404 if choice is None else choice.recording.status),
-            fault=None if fault == Fault() else fault,
+            fault=None if fault == UpstreamFault() else fault,
         )
         with self._lock:
             self._served.append(entry)
@@ -272,7 +212,7 @@ class ReplayUpstream:
         labels = {"x-request-id": entry.request_id, "server": "vluna-llm-replay"}
         if fault.status is not None:
             if fault.delay:
-                await asyncio.sleep(fault.delay)
+                await _left_within(fault.delay, request)
             if fault.retry_after is not None:
                 labels["retry-after"] = f"{fault.retry_after:g}"
             return _error(fault.status, "a fault made by the replay upstream", "replay_fault", labels)
@@ -285,22 +225,22 @@ class ReplayUpstream:
             labels["retry-after"] = choice.recording.headers["retry-after"]
         return _Replay(self, choice, entry, fault, labels)
 
-    def _fault_for(self, header: str | None, path: str, model: str | None, stream: bool) -> Fault:
+    def _fault_for(self, header: str | None, path: str, model: str | None, stream: bool) -> UpstreamFault:
         if header is not None:
-            return Fault.parse(header)
+            return UpstreamFault.parse(header)
         with self._lock:
             for planned in self._planned:
                 if planned.fits(path, model, stream):
                     planned.left -= 1
                     return planned.fault
-        return Fault()
+        return UpstreamFault()
 
 
 class _Replay(Response):
     """One recorded answer on its way: part by part, until the end, the fault, or the caller's leaving."""
 
     def __init__(
-        self, upstream: ReplayUpstream, choice: Choice, entry: Served, fault: Fault, headers: Mapping[str, str]
+        self, upstream: ReplayUpstream, choice: Choice, entry: Served, fault: UpstreamFault, headers: Mapping[str, str]
     ) -> None:
         self.background = None
         self.status_code = choice.recording.status
@@ -316,9 +256,8 @@ class _Replay(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         fault, upstream = self._fault, self._upstream
-        if fault.delay or upstream._first_byte_delay:
-            await asyncio.sleep(fault.delay or upstream._first_byte_delay)
-        if await self._ended_by_fault(0, request):
+        delay = fault.delay or upstream._first_byte_delay
+        if (delay and await _left_within(delay, request)) or await self._ended_by_fault(0, request):
             return
         squeeze = zlib.compressobj(wbits=31) if fault.gzip else None
         headers = dict(self._own_headers)
@@ -337,7 +276,7 @@ class _Replay(Response):
         for number, part in enumerate(self._parts, start=1):
             if number > 1:
                 await asyncio.sleep(upstream._event_delay)
-            if upstream._stopping or await request.is_disconnected():
+            if await request.is_disconnected():
                 return
             if not streaming and fault.cut_after is not None:
                 await send({"type": "http.response.body", "body": part[: len(part) // 2], "more_body": True})
@@ -353,9 +292,7 @@ class _Replay(Response):
 
     async def _ended_by_fault(self, sent: int, request: Request) -> bool:
         if self._fault.hang_after == sent:
-            while not self._upstream._stopping and not await request.is_disconnected():
-                await asyncio.sleep(0.02)
-            await self._drop(request)
+            await _left(request)
             return True
         if self._fault.cut_after == sent:
             await self._drop(request)
@@ -364,30 +301,56 @@ class _Replay(Response):
 
     async def _drop(self, request: Request) -> None:
         """Close the socket under the answer, so that the caller sees a broken connection and not an ended body."""
-        transport = self._upstream._transports.get(request.scope.get("client"))
+        transport = self._upstream._connections.open.get(request.scope.get("client"))
         if transport is not None:
             connection = transport.get_extra_info("socket")
             if self._fault.reset and connection is not None:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             transport.abort()
-        while not await request.is_disconnected():
-            await asyncio.sleep(0)
+            await _left(request)
+
+
+async def _left(request: Request) -> None:
+    """Wait until the connection is gone: the caller left, it was dropped, or the upstream stops."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _left_within(seconds: float, request: Request) -> bool:
+    try:
+        await asyncio.wait_for(_left(request), seconds)
+    except asyncio.TimeoutError:
+        return False
+    return True
 
 
 def _error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> Response:
     return JSONResponse({"error": {"message": message, "type": kind, "code": str(status)}}, status, headers)
 
 
-def _protocol_with_transports(transports: dict[object, asyncio.Transport]) -> type[H11Protocol]:
+class _Connections:
+    """The open connections by the address of the caller. Used on the server's event loop only."""
+
+    def __init__(self) -> None:
+        self.open: dict[object, asyncio.Transport] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def drop_all(self) -> None:
+        for transport in list(self.open.values()):
+            transport.abort()
+
+
+def _protocol_with_transports(connections: _Connections) -> type[H11Protocol]:
     """uvicorn's HTTP protocol that also keeps its transport at hand: an ASGI app alone cannot drop a connection."""
 
     class Protocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            transports[self.client] = transport
+            connections.loop = self.loop
+            connections.open[self.client] = transport
 
         def connection_lost(self, exc: Exception | None) -> None:
-            transports.pop(self.client, None)
+            connections.open.pop(self.client, None)
             super().connection_lost(exc)
 
     return Protocol

@@ -46,7 +46,7 @@ class Settings(BaseSettings):
         key_secret: the service key's secret, base64 (``VLUNA_SERVICE_KEY_SECRET``).
         mode: ``enforce`` refuses what the gate refuses, ``observe`` asks and books but never refuses, ``off`` is off.
         outbox: a directory for the journal, or ``memory``; default: the user's state directory, by gate and realm.
-        outbox_shared: a ``postgresql://`` URL of a second, shared stage.
+        outbox_shared: a ``postgresql://`` URL of a second, shared stage; not supported by this version.
         settle: ``background``, or ``inline`` to wait for the receipt before the answer is handed over.
         authorize: ``strict`` asks the gate first, ``overlap`` starts the model call meanwhile.
         authorize_deadline: seconds for an authorize with all its retries.

@@ -1,0 +1,174 @@
+"""The journal: what was written is there after the process is gone, and only the dead are taken over."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from vluna_llm.errors import OutboxUnavailable
+from vluna_llm.operation import OperationState
+from vluna_llm.outbox import Journal, Row
+from vluna_llm.usage import TokenUsage
+
+DONE = OperationState().leased("lease_token").started().completed(TokenUsage(10, 5, cached_tokens=4), "provider")
+
+
+def row(operation_id: str = "op-1", **changes: object) -> Row:
+    base = Row(
+        operation_id=operation_id,
+        base_url="https://gate/mgt/v1",
+        realm_id="realm",
+        pid=os.getpid(),
+        principal_id="ann",
+        user_id="ann",
+        feature_code="openai.gpt-4o",
+        created_at=1000.0,
+        authorize_key=f"{operation_id}:auth",
+        settle_key=operation_id,
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def test_a_row_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    written = row(labels={"a": "b"}, budget_id="b-1", derived=True, unsplit=True, estimated_input=7)
+    journal.insert(written)
+    assert journal.get("op-1") == written
+    changed = dataclasses.replace(
+        written, state=DONE, lease_token="lease.x.y", body=b'{"a":1}', path="/gate/commits", attempts=3, ended_at=2.0
+    )
+    journal.update(changed)
+    assert journal.get("op-1") == changed
+    assert journal.get("nobody") is None
+    journal.close()
+
+
+def test_the_same_operation_is_written_once(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.insert(row())
+    with pytest.raises(OutboxUnavailable, match="UNIQUE"):
+        journal.insert(row())
+    journal.close()
+
+
+def test_a_person_can_read_it(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.insert(row(state=DONE))
+    assert journal.path is not None
+    with sqlite3.connect(f"file:{journal.path}?mode=ro", uri=True) as db:
+        found = db.execute("SELECT principal_id, settlement, next_step, usage FROM operations").fetchone()
+    assert found == (
+        "ann",
+        "pending",
+        "to be delivered",
+        '{"input_tokens": 10, "output_tokens": 5, "cached_tokens": 4}',
+    )
+    journal.close()
+
+
+def test_files_are_private(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "outbox")
+    journal.insert(row())
+    assert (tmp_path / "outbox").stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "outbox").iterdir()} == {0o600}
+    journal.close()
+
+
+def test_a_journal_without_open_rows_leaves_no_file(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.insert(row(state=DONE.sent().booked()))
+    journal.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_living_owner_is_left_alone_and_a_gone_one_is_adopted(tmp_path: Path) -> None:
+    owner, other = Journal(tmp_path), Journal(tmp_path)
+    owner.insert(row("op-1", state=DONE, body=b"exact bytes"))
+    owner.insert(row("op-2", state=OperationState().leased("lease_token").started()))
+    owner.insert(row("op-3", state=DONE.sent().booked()))
+    assert other.adopt("https://gate/mgt/v1", "realm") == []
+    owner.close()
+    adopted = other.adopt("https://gate/mgt/v1", "realm")
+    assert {(found.operation_id, found.state.settlement) for found in adopted} == {
+        ("op-1", "pending"),
+        ("op-2", "lost"),
+    }
+    kept = other.get("op-1")
+    assert kept is not None
+    assert kept.body == b"exact bytes"
+    assert other.adopt("https://gate/mgt/v1", "realm") == []
+    assert len(list(tmp_path.glob("*.sqlite3"))) == 1
+    other.close()
+
+
+def test_rows_of_another_gate_or_realm_are_delivered_nowhere_else(tmp_path: Path) -> None:
+    owner = Journal(tmp_path)
+    owner.insert(row(state=DONE))
+    owner.close()
+    other = Journal(tmp_path)
+    assert other.adopt("https://elsewhere/mgt/v1", "realm") == []
+    assert other.adopt("https://gate/mgt/v1", "other") == []
+    assert len(other.adopt("https://gate/mgt/v1", "realm")) == 1
+    other.close()
+
+
+def test_what_was_written_survives_kill_9(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        """
+        import sys, pathlib, os, signal
+        sys.path.insert(0, sys.argv[2])
+        from test_journal import row, DONE
+        from vluna_llm.outbox import Journal
+        journal = Journal(pathlib.Path(sys.argv[1]))
+        for n in range(50):
+            journal.insert(row(f"op-{n}"))
+            journal.update(row(f"op-{n}", state=DONE))
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parent)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    heir = Journal(tmp_path)
+    adopted = heir.adopt("https://gate/mgt/v1", "realm")
+    assert len(adopted) == 50
+    assert {found.state.settlement for found in adopted} == {"pending"}
+    heir.close()
+
+
+def test_settled_rows_are_pruned_and_open_ones_never(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.insert(row("done", state=DONE.sent().booked(), ended_at=10.0))
+    journal.insert(row("young", state=DONE.sent().booked(), ended_at=99.0))
+    journal.insert(row("open", state=DONE, ended_at=10.0))
+    journal.insert(row("held", state=DONE.sent().quarantined(), ended_at=10.0))
+    assert journal.prune(50.0) == 1
+    assert journal.get("done") is None
+    assert journal.counts() == {"booked": 1, "pending": 1, "quarantined": 1}
+    journal.close()
+
+
+def test_a_directory_that_cannot_be_written_is_told() -> None:
+    with pytest.raises(OutboxUnavailable, match="cannot open the outbox"):
+        Journal(Path("/dev/null/outbox"))
+
+
+def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    owner = Journal(tmp_path)
+    owner.insert(row(state=DONE))
+    owner.close()
+    (path,) = tmp_path.glob("*.sqlite3")
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    heir = Journal(tmp_path)
+    assert heir.adopt("https://gate/mgt/v1", "realm") == []
+    assert path.exists()
+    heir.close()

@@ -70,7 +70,15 @@ def commit(
     not_allowed = list(dict.fromkeys(not_allowed))
     if not_allowed and world.options.dialect == "lease":
         raise invalid(f"meter_not_allowed_for_feature: {', '.join(not_allowed)}")
-    rated = rating.rate(world, account, user, feature, asked_lines, not_allowed)
+    rated = rating.rate(
+        world,
+        account,
+        user,
+        feature,
+        asked_lines,
+        not_allowed,
+        unit=quotas.unit_of(world, account, feature.code),
+    )
     unpriced = [meter for meter in rated.unpriced if meter not in not_allowed]
     middle: Hints = []
     if not_allowed:

@@ -111,6 +111,7 @@ class _Asked:
     def __init__(self, world: World, body: Any) -> None:
         body = body if isinstance(body, dict) else {}
         self.feature_code = fields.code(body.get("feature_code"), "feature_code")
+        self.tells_estimate = body.get("estimated_quantity_minor") is not None
         self.estimate = fields.quantity(
             body.get("estimated_quantity_minor"), "estimated_quantity_minor", positive=False
         )
@@ -200,6 +201,7 @@ def _decide(
             hints += _advice(balance, asked.estimate, prices, None)
         if prepaid and budget is not None:
             hints += _advice(budget.remaining_xusd, asked.estimate, prices, budget.budget_id)
+    if asked.tells_estimate:
         cap = asked.estimate
     return windows, cap, hints
 

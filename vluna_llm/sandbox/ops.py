@@ -189,7 +189,7 @@ def _aggregate(rating: Rating, units: list[int], total: int, fingerprint: str) -
     counted = sum(line.quantity for line in rating.lines)
     unit_price = units[0] if len(units) == 1 else (total // counted if counted else 0)
     return {
-        "unit": "unit",
+        "unit": rating.lines[0].unit,
         "rounding": "floor",
         "provenance": {
             "inputs": {"items": sorted(line.meter for line in rating.lines), "feature_code": rating.feature},
@@ -251,6 +251,8 @@ def _allocation_view(rating: Rating, part: Allocation, seq: int) -> dict[str, An
         "late_rating": rating.late,
         "amount_xusd": str(rating.amount_xusd),
         "cost_xusd": str(rating.cost_xusd),
+        "pricing_fingerprint": rating.pricing_fingerprint,
+        "cost_fingerprint": rating.cost_fingerprint,
         "rated_at": iso(rating.rated_at),
         "applied_quantity_minor": str(rating.quantity),
         "applied_amount_xusd": str(part.amount_xusd),

@@ -47,6 +47,8 @@ def rate(
     feature: Feature,
     asked: Sequence[AskedLine],
     not_allowed: Sequence[str] = (),
+    *,
+    unit: str = "unit",
 ) -> Rated:
     """Price every line and move the carried remainders, whatever becomes of the commit (gate contract 9.3).
 
@@ -68,7 +70,7 @@ def rate(
         if found.price is None:
             free = Side(0, 1, "floor", 0, now, new_fingerprint())
             cost = replace(free, fingerprint=new_fingerprint())
-            lines.append(Line(new_id(), ask.meter, ask.quantity, False, free, cost, now))
+            lines.append(Line(new_id(), ask.meter, ask.quantity, False, free, cost, now, unit))
             continue
         price = found.price
         residual = catalogue.residual_mode(world, account.realm_id, ask.meter)
@@ -101,7 +103,7 @@ def rate(
             )
         if max(sides[0].amount_xusd, sides[1].amount_xusd) > MAX_SAFE:
             raise out_of_range()
-        line = Line(new_id(), ask.meter, ask.quantity, True, sides[0], sides[1], now)
+        line = Line(new_id(), ask.meter, ask.quantity, True, sides[0], sides[1], now, unit)
         lines.append(line)
         if ask.client_etag is not None or (ask.client_price is not None and ask.client_price != sides[0].unit_xusd):
             changed.append(

@@ -234,6 +234,7 @@ class Line:
     price: Side
     cost: Side
     computed_at: int
+    unit: str = "unit"
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def snapshot_a(feature: str, line: Line, side: Side) -> dict[str, Any]:
     """What a line was priced by."""
     return {
         "computed_at": iso(line.computed_at),
-        "unit": "unit",
+        "unit": line.unit,
         "fingerprint": side.fingerprint,
         "unit_price_xusd": str(side.unit_xusd),
         "unit_quantity_minor": str(side.unit_quantity),
@@ -104,7 +104,7 @@ def _snapshot_b(feature: str, line: Line, side: Side, kind: str) -> dict[str, An
         "algorithm": "integer_rational_floor_v1",
         "pricing_kind": kind,
         "computed_at": iso(line.computed_at),
-        "unit": "unit",
+        "unit": line.unit,
         "fingerprint": side.fingerprint,
         "rate_identity": _rate_identity(side, kind),
         "unit_price_xusd": str(side.unit_xusd),
@@ -124,7 +124,7 @@ def _missing_b(feature: str, line: Line, side: Side, kind: str) -> dict[str, Any
         "algorithm": "not_rated_missing_price_v1",
         "pricing_kind": kind,
         "computed_at": iso(line.computed_at),
-        "unit": "unit",
+        "unit": line.unit,
         "fingerprint": side.fingerprint,
         "feature_code": feature,
         "meter_code": line.meter,

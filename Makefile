@@ -1,0 +1,44 @@
+# Everything a newcomer needs. PYTHON may name any Python of 3.10 or later.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long test-all bench clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit("vluna-llm needs Python 3.10 or later: make PYTHON=python3.12 ..." if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet 'tox>=4.22'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable '.[dev,bench]'
+	@touch $@
+
+demo: $(VENV)/.demo  ## the main job in half a minute: no account, no key, no network
+	$(BIN)/vluna-llm demo
+
+test: $(VENV)/.test  ## all tests in their environments, both majors of the OpenAI SDK included
+	$(BIN)/tox run
+
+test-long: $(VENV)/.test  ## the long tests alone
+	$(BIN)/tox run -e openai3 -- -m slow
+
+test-all: test test-long  ## all tests and the long ones
+
+bench: $(VENV)/.bench  ## the performance budget: a table and a plot in benchmarks/results
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove environments and caches
+	rm -rf $(VENV) .tox .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist benchmarks/results

@@ -189,8 +189,9 @@ def main() -> None:
     predict, update = cost()
     verdict = "within" if predict <= TARGET_MICROSECONDS else "OVER"
     print(
-        f"4 KB prompt: predict {predict:.1f} us ({verdict} {TARGET_MICROSECONDS:.0f} us), update {update:.1f} us of CPU\n"
+        f"4 KB prompt: predict {predict:.1f} us ({verdict} {TARGET_MICROSECONDS:.0f} us), update {update:.1f} us of CPU"
     )
+    print()
     if not RECORDINGS.is_dir():
         print("errors: skipped, ../shared/recordings is not beside this checkout")
         return

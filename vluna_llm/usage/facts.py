@@ -103,7 +103,7 @@ def is_usage_only(obj: Mapping[str, Any]) -> bool:
     Azure's first chunk (empty choices, ``prompt_filter_results``, no usage) is not; a chunk with choices and usage
     is not either (source: OpenAI API reference, ``stream_options.include_usage``; the rest *observed*).
     """
-    return obj.get("choices") == [] and bool(_mapping(obj.get("usage")))
+    return obj.get("choices") == [] and bool(_mapping(obj.get("usage"))) and not obj.get("error")
 
 
 def identity(obj: Mapping[str, Any]) -> tuple[str | None, str | None]:

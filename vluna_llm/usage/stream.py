@@ -280,9 +280,9 @@ class StreamReader:
             known = max(len(pending) - 3, 0)
             pending += data
             if _BOUNDARY.search(pending, known) is None:
-                self._bound()
                 if out is not None:
                     self._pass_unfinished(out)
+                self._bound()
                 return
             data = bytes(pending)
             pending.clear()
@@ -309,9 +309,9 @@ class StreamReader:
         self._passed = max(given - cut, 0)
         if cut < len(data):
             pending += data[cut:]
-            self._bound()
             if out is not None:
                 self._pass_unfinished(out)
+            self._bound()
 
     def _pass_unfinished(self, out: list[bytes]) -> None:
         """Hand on the event in progress unless it can still turn out to be the usage chunk."""
@@ -335,7 +335,10 @@ class StreamReader:
         self._bound()
 
     def _bound(self) -> None:
-        """Keep memory flat: of an event or body beyond 32 MiB only the head and the tail stay."""
+        """Keep memory flat: of an event or body beyond 32 MiB only the head and the tail stay.
+
+        Comes after passing on: what is removed here has been given to the caller, since no usage chunk is that large.
+        """
         if len(self._pending) > _LARGEST:
             removed = len(self._pending) - _KEPT_HEAD - _KEPT_TAIL
             del self._pending[_KEPT_HEAD : _KEPT_HEAD + removed]
@@ -541,7 +544,7 @@ def _sniff(start: bytearray) -> _Framing:
     Servers answer a request for a stream with a JSON error under ``text/event-stream``, and send events without a
     content type: no JSON object or list begins with what a line of an event stream begins with.
     """
-    first = bytes(start).removeprefix(_BOM).lstrip()[:1]
+    first = bytes(start[:256]).removeprefix(_BOM).lstrip()[:1] or bytes(start).removeprefix(_BOM).lstrip()[:1]
     if first in (b"{", b"["):
         return "json"
     if not first or first == b"\xef":

@@ -68,21 +68,16 @@ def test_a_plain_answer_has_the_recorded_bytes(upstream: ReplayUpstream) -> None
 
 
 @pytest.mark.parametrize("one", [one for one in load_recordings() if one.request], ids=lambda one: one.name)
-def test_every_recording_can_be_asked_for_by_name(one: Recording, shared_upstream: ReplayUpstream) -> None:
+def test_every_recording_can_be_asked_for_by_name(one: Recording, bare: httpx.Client) -> None:
     """Named by the header, each recording comes back byte for byte."""
-    answer = httpx.request(
-        one.method,
-        f"{shared_upstream.root_url}{one.path}",
-        json=one.request,
-        headers={"x-replay-cassette": one.name},
-    )
+    answer = bare.request(one.method, one.path, json=one.request, headers={"x-replay-cassette": one.name})
     assert (answer.status_code, answer.content) == (one.status, one.body)
 
 
 @pytest.fixture(scope="module")
-def shared_upstream() -> Iterator[ReplayUpstream]:
-    with ReplayUpstream() as running:
-        yield running
+def bare() -> Iterator[httpx.Client]:
+    with ReplayUpstream() as running, httpx.Client(base_url=running.root_url) as made:
+        yield made
 
 
 def test_a_stream_arrives_event_by_event(upstream: ReplayUpstream, client: openai.OpenAI) -> None:
@@ -194,6 +189,10 @@ def test_recorded_errors_come_back_as_the_sdk_s_exceptions(client: openai.OpenAI
     """The same question that was refused is refused again; a name picks what no question can."""
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**_request("litellm/proxy_errors#0"))
+    request = _request("llama-server/errors#1")  # refused for asking two choices
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**request)
+    assert client.chat.completions.create(**{**request, "n": 1}).choices
     with pytest.raises(openai.AuthenticationError):
         client.chat.completions.create(
             model=SMALL, messages=[], extra_headers={"x-replay-cassette": "llama-server/errors#4"}

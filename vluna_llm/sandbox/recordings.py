@@ -153,7 +153,7 @@ class Repertoire:
 
     1. A scenario that the request names (``llama-server/chat_plain`` or ``llama-server/chat_plain#2``) is taken as it
        was recorded, whatever the model; within it path and ``stream`` decide, several take turns.
-    2. Else a recording of the same question to the same model, errors included.
+    2. Else a recording of the same question to the same model; a recorded error answers the very same request only.
     3. Else the successful recordings of the same path, ``stream`` and model take turns.
 
     A stream is taken from those recorded with ``include_usage``; a caller who did not ask for usage gets it without
@@ -183,7 +183,7 @@ class Repertoire:
             return None if turn is None else Choice(turn, turn.parts)
         here = [one for one in here if one.model == model and _can_answer(one, asked=asked)]
         question = question_of(body)
-        same = [one for one in here if one.question == question and one.status != 401] if body else []
+        same = [one for one in here if one.question == question and _repeats(one, body)] if body else []
         succeeded = [one for one in here if one.status < 400]
         pool = same or succeeded
         if stream and any(one.include_usage for one in pool):
@@ -200,6 +200,11 @@ class Repertoire:
         turn = self._turns.get(key, 0)
         self._turns[key] = turn + 1
         return pool[turn % len(pool)]
+
+
+def _repeats(one: Recording, body: Mapping[str, Any]) -> bool:
+    """An error may lie in any part of the request; a 401 lies in the key, which no recording has."""
+    return one.status < 400 or (one.status != 401 and one.request == body)
 
 
 def _can_answer(one: Recording, *, asked: bool) -> bool:

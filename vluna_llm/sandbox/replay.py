@@ -192,8 +192,8 @@ class ReplayUpstream:
             fault = self._fault_for(request.headers.get(FAULT_HEADER), path, model, stream)
         except ValueError as error:
             return _error(400, f"{FAULT_HEADER}: {error}", "replay_bad_request")
-        choice = self._repertoire.choose(request.method, path, body, request.headers.get(SCENARIO_HEADER))
-        failed = fault.status is not None
+        scenario = request.headers.get(SCENARIO_HEADER)
+        choice = None if fault.status is not None else self._repertoire.choose(request.method, path, body, scenario)
         entry = Served(
             number=0,
             request_id="",
@@ -201,7 +201,7 @@ class ReplayUpstream:
             path=path,
             model=model,
             stream=stream,
-            recording=None if choice is None or failed else choice.recording.name,
+            recording=None if choice is None else choice.recording.name,
             status=fault.status or (404 if choice is None else choice.recording.status),
             fault=None if fault == UpstreamFault() else fault,
         )

@@ -33,7 +33,8 @@ def cassette_files() -> list[Path]:
 
 def load_yaml(path: Path) -> dict[str, Any]:
     """One cassette as vcrpy wrote it; only plain YAML is accepted."""
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where it was built in: ten times as fast
+    loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path.name} is not a cassette")
     return loaded

@@ -71,7 +71,7 @@ def is_error(obj: Mapping[str, Any]) -> bool:
     if obj.get("object") == "response" and obj.get("status") in FAILED_STATUSES:
         return True
     return any(
-        isinstance(choice, Mapping) and (choice.get("finish_reason") == "error" or choice.get("error"))
+        isinstance(choice, dict) and (choice.get("finish_reason") == "error" or choice.get("error"))
         for choice in _list(obj.get("choices"))
     )
 
@@ -83,14 +83,14 @@ def has_finish_reason(obj: Mapping[str, Any]) -> bool:
     ``candidates[].finishReason``; Ollama ``done``; Cohere ``finish_reason``; Responses: a final ``status``.
     """
     for choice in _list(obj.get("choices")):
-        if isinstance(choice, Mapping) and choice.get("finish_reason"):
+        if isinstance(choice, dict) and choice.get("finish_reason"):
             return True
     if obj.get("stop_reason") or obj.get("finish_reason") or obj.get("done") is True:
         return True
     if (delta := _mapping(obj.get("delta"))) and (delta.get("stop_reason") or delta.get("finish_reason")):
         return True
     for candidate in _list(obj.get("candidates")):
-        if isinstance(candidate, Mapping) and candidate.get("finishReason"):
+        if isinstance(candidate, dict) and candidate.get("finishReason"):
             return True
     if obj.get("type") in TERMINAL_EVENTS:
         return True
@@ -121,23 +121,23 @@ def generated_characters(obj: Mapping[str, Any]) -> int:
     """How many characters the model produced in this event: text, reasoning, refusals and tool arguments."""
     count = 0
     for choice in _list(obj.get("choices")):
-        if isinstance(choice, Mapping):
+        if isinstance(choice, dict):
             count += _text(choice, "text")
             if delta := _mapping(choice.get("delta")):
                 count += _text(delta, "content", "reasoning_content", "reasoning", "refusal")
                 for call in _list(delta.get("tool_calls")):
-                    if isinstance(call, Mapping) and (function := _mapping(call.get("function"))):
+                    if isinstance(call, dict) and (function := _mapping(call.get("function"))):
                         count += _text(function, "name", "arguments")
     delta = obj.get("delta")
     if isinstance(delta, str):  # Responses: response.output_text.delta, response.function_call_arguments.delta, ...
         count += len(delta)
-    elif isinstance(delta, Mapping):  # Anthropic's content_block_delta, Cohere's content-delta
+    elif isinstance(delta, dict):  # Anthropic's content_block_delta, Cohere's content-delta
         count += _text(delta, "text", "partial_json", "thinking")
         if (message := _mapping(delta.get("message"))) and (content := _mapping(message.get("content"))):
             count += _text(content, "text", "thinking")
     for candidate in _list(obj.get("candidates")):
-        if isinstance(candidate, Mapping) and (content := _mapping(candidate.get("content"))):
-            count += sum(_text(part, "text") for part in _list(content.get("parts")) if isinstance(part, Mapping))
+        if isinstance(candidate, dict) and (content := _mapping(candidate.get("content"))):
+            count += sum(_text(part, "text") for part in _list(content.get("parts")) if isinstance(part, dict))
     if (message := _mapping(obj.get("message"))) and isinstance(message.get("content"), str):
         count += _text(message, "content", "thinking")
     return count
@@ -148,7 +148,7 @@ def _text(holder: Mapping[str, Any], *names: str) -> int:
 
 
 def _mapping(value: object) -> Mapping[str, Any] | None:
-    return value if isinstance(value, Mapping) and value else None
+    return value if isinstance(value, dict) and value else None
 
 
 def _list(value: object) -> list[Any]:

@@ -181,13 +181,13 @@ def _anthropic(raw: Mapping[str, Any]) -> TokenUsage:
     """
     cached = _first(raw, "cache_read_input_tokens")
     written = _first(raw, "cache_creation_input_tokens")
-    if written is None and isinstance(parts := raw.get("cache_creation"), Mapping):
+    if written is None and isinstance(parts := raw.get("cache_creation"), dict):
         written = sum(_count(value) or 0 for value in parts.values())
     fresh = _first(raw, "input_tokens") or 0
     output_tokens = _first(raw, "output_tokens") or 0
     beside = None
     if isinstance(steps := raw.get("iterations"), list):
-        stepped = sum(_first(step, "output_tokens") or 0 for step in steps if isinstance(step, Mapping))
+        stepped = sum(_first(step, "output_tokens") or 0 for step in steps if isinstance(step, dict))
         beside = "iterations_beside_usage" if stepped > output_tokens else None
     return _parts_within(
         raw,
@@ -235,8 +235,8 @@ def _cohere(raw: Mapping[str, Any]) -> TokenUsage:
     where there is no ``tokens`` (embed, classify). ``cached_tokens`` is part of the input, reasoning of the output.
     """
     tokens = raw.get("tokens")
-    counts = tokens if isinstance(tokens, Mapping) and tokens else raw.get("billed_units")
-    counts = counts if isinstance(counts, Mapping) else {}
+    counts = tokens if isinstance(tokens, dict) and tokens else raw.get("billed_units")
+    counts = counts if isinstance(counts, dict) else {}
     return _parts_within(
         raw,
         None,
@@ -317,7 +317,7 @@ def _first_of(first: int | None, second: int | None) -> int | None:
 
 def _details(raw: Mapping[str, Any], names: tuple[str, ...]) -> Mapping[str, Any]:
     for name in names:
-        if isinstance(value := raw.get(name), Mapping):
+        if isinstance(value := raw.get(name), dict):
             return value
     return {}
 
@@ -328,7 +328,7 @@ def _modality(details: object, modality: str) -> int:
     return sum(
         _first(item, "tokenCount") or 0
         for item in details
-        if isinstance(item, Mapping) and item.get("modality") == modality
+        if isinstance(item, dict) and item.get("modality") == modality
     )
 
 

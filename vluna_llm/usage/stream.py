@@ -44,7 +44,11 @@ _LARGEST: Final = 32 * 1024 * 1024
 _KEPT_HEAD: Final = 64 * 1024
 _KEPT_TAIL: Final = 1024 * 1024
 _LARGEST_USAGE_CHUNK: Final = 64 * 1024
+_SAMPLE_FIRST: Final = 1024
 _SAMPLE_EVERY: Final = 16 * 1024
+"""Bytes of events that are not counted, after which one of them is."""
+_BYTES_PER_CHARACTER: Final = 60
+"""Of an event, before any was measured: a delta of a few characters in some 250 bytes."""
 _RELEARN: Final = 16
 _NEVER: Final = b"\x00"
 """No JSON begins with it: the template that matches nothing."""
@@ -95,6 +99,7 @@ class StreamReader:
         "_identify",
         "_learned_at",
         "_middle",
+        "_middle_length",
         "_passed",
         "_pending",
         "_prefix",
@@ -105,6 +110,7 @@ class StreamReader:
         "_sample_at",
         "_sampled_bytes",
         "_sampled_characters",
+        "_spare",
         "_start",
         "_suffix",
         "_suffix_length",
@@ -148,14 +154,16 @@ class StreamReader:
         self._prefix_length = 1
         self._quiet: tuple[bytes, ...] = (_NEVER,)
         self._middle = b""
+        self._middle_length = 0
         self._suffix = _NEVER
         self._suffix_length = 1
+        self._spare: tuple[bytes, bytes, bytes] = (_NEVER, b"", _NEVER)
         self._templates_left = _RELEARN
         self._learned_at = 0
         # Output: characters counted, and bytes of events that were not counted, with a sample to scale them by.
         self._characters = 0
         self._quiet_bytes = 0
-        self._sample_at = 0
+        self._sample_at = _SAMPLE_FIRST
         self._sampled_bytes = 0
         self._sampled_characters = 0
         self._events = 0
@@ -166,9 +174,9 @@ class StreamReader:
         """Read the next piece; True where usage, finish, failure or the end became known with it."""
         if data.startswith(self._prefix):
             end = data.find(b'"', self._prefix_length)
-            if self._middle:
+            if self._middle_length:
                 if data.startswith(self._middle, end):
-                    start = end + len(self._middle)
+                    start = end + self._middle_length
                     if data.find(b'"', start) + self._suffix_length == len(data) and data.endswith(self._suffix):
                         self._characters += end - self._prefix_length
                         return False
@@ -194,9 +202,9 @@ class StreamReader:
         """
         if data.startswith(self._prefix):  # the same test as in feed: a call less per chunk
             end = data.find(b'"', self._prefix_length)
-            if self._middle:
+            if self._middle_length:
                 if data.startswith(self._middle, end):
-                    start = end + len(self._middle)
+                    start = end + self._middle_length
                     if data.find(b'"', start) + self._suffix_length == len(data) and data.endswith(self._suffix):
                         self._characters += end - self._prefix_length
                         return data
@@ -204,7 +212,7 @@ class StreamReader:
                 self._characters += end - self._prefix_length
                 return data
         if not self._hide:
-            self._feed(data, None)
+            self.feed(data)
             return data
         out: list[bytes] = []
         self._feed(data, out)
@@ -224,7 +232,7 @@ class StreamReader:
         """About how many characters the model has produced so far: counted where events were read, else scaled."""
         if self._sampled_bytes:
             return self._characters + round(self._quiet_bytes * self._sampled_characters / self._sampled_bytes)
-        return self._characters
+        return self._characters + self._quiet_bytes // _BYTES_PER_CHARACTER
 
     # -- framing ----------------------------------------------------------------------------------------------------
 
@@ -237,6 +245,17 @@ class StreamReader:
             self._framing = "ndjson"
 
     def _feed(self, data: bytes, out: list[bytes] | None) -> bool:
+        if self._framing == "sse" and not self._pending and data.endswith(b"\n\n"):
+            if data.startswith(self._spare[0]) and self._swap(data):
+                if out is not None:
+                    out.append(data)
+                return False
+            if self._may_skip(data):
+                self._skip(data)
+                self._arm()
+                if out is not None:
+                    out.append(data)
+                return False
         before = (self.usage, self.finished, self.finish_reason_seen, self.failed)
         given = 0
         if self._framing == "unknown":
@@ -268,6 +287,29 @@ class StreamReader:
         self._prefix = self._template
         named = self._protocol in ("responses", "anthropic") and not self._identifying()
         self._quiet = _QUIET if named else (_NEVER,)
+
+    def _swap(self, data: bytes) -> bool:
+        """Take the other template where this piece is like it: two choices, or text and reasoning, take turns."""
+        mine = (self._template, self._middle, self._suffix)
+        self._use(*self._spare)
+        self._spare = mine
+        self._arm()
+        start = self._prefix_length
+        end = data.find(b'"', start)
+        close = end
+        if self._middle:
+            if not data.startswith(self._middle, end):
+                return False
+            close = data.find(b'"', end + len(self._middle))
+        if close + self._suffix_length != len(data) or not data.endswith(self._suffix):
+            return False
+        self._characters += end - start
+        return True
+
+    def _use(self, template: bytes, middle: bytes, suffix: bytes) -> None:
+        self._template, self._prefix_length = template, len(template)
+        self._middle, self._middle_length = middle, len(middle)
+        self._suffix, self._suffix_length = suffix, len(suffix)
 
     def _identifying(self) -> bool:
         return self._identify > 0 and (self.response_id is None or self.model is None)
@@ -436,12 +478,11 @@ class StreamReader:
         self._templates_left -= 1
         self._learned_at = self._characters
         padding = _PADDING.search(event, end)
+        middle, rest = b"", end
         if padding is not None:
-            padding_end = event.find(b'"', padding.end())
-            self._middle, self._suffix = event[end : padding.end()], event[padding_end:]
-        else:
-            self._middle, self._suffix = b"", event[end:]
-        self._template, self._prefix_length, self._suffix_length = event[:start], start, len(self._suffix)
+            middle, rest = event[end : padding.end()], event.find(b'"', padding.end())
+        self._spare = (self._template, self._middle, self._suffix)
+        self._use(event[:start], middle, event[rest:])
 
     def _read_event(self, event: bytes) -> bool:
         """Read one event without its blank line; True where it is a usage-only chunk."""

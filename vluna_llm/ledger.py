@@ -121,7 +121,7 @@ class Ledger:
                 self._unwritten[operation_id] = row
             changed = change(row)
             if changed is not row:
-                self._store(changed)
+                self._store(row, changed)
             return changed
 
     def settled(self, row: Row, receipt: Receipt | None) -> None:
@@ -143,14 +143,14 @@ class Ledger:
                 return None
         return row
 
-    def _store(self, row: Row) -> None:
+    def _store(self, old: Row, row: Row) -> None:
         key = row.operation_id
         try:
             if key in self._unwritten:
                 self.journal.replace(row)
                 del self._unwritten[key]
             else:
-                self.journal.update(row)
+                self.journal.update(old, row)
         except OutboxUnavailable as error:
             self._unwritten[key] = row
             self._rows.pop(key, None)

@@ -201,7 +201,7 @@ class Operation:
             for scope in self._watch.scopes:
                 scope.used(usage)
             if verdict.source == "provider" and self._estimate is not None:
-                runtime.estimator.update(row.feature_code, self._estimate, usage)
+                runtime.learn(row.feature_code, self._estimate, usage)
         if row.state.settlement == "pending":
             runtime.settler.enqueue(row)
         elif row.state.settlement == "lapsed":

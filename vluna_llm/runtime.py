@@ -6,10 +6,11 @@ goes on after ``close``.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 
 from .errors import OutboxUnavailable
@@ -24,8 +25,9 @@ from .pricing import Price, PriceBook, Prices
 from .settings import Settings
 from .settler import Settler
 from .telemetry import Telemetry, log
-from .usage.estimate import Estimator
+from .usage.estimate import Estimate, Estimator
 from .usage.features import MeterNames
+from .usage.types import TokenUsage
 
 SETTLE_TIMEOUT = 5.0
 _MAX_COUNTED_PRINCIPALS = 10_000
@@ -70,6 +72,7 @@ class Runtime:
         self.estimator = estimator
         self.telemetry = telemetry
         self.forgone: Counter[str] = Counter()
+        self._lessons: deque[tuple[str, Estimate, TokenUsage]] = deque(maxlen=1_000)
         self.closed = False
         self._guard = threading.Lock()
         self.outbox_failure: OutboxUnavailable | None = None
@@ -85,7 +88,15 @@ class Runtime:
             )
         self.ledger = Ledger(journal, telemetry)
         self.prices = PriceBook(self._fetch_prices)
-        self.settler = Settler(self.ledger, _Courier(gate), self.prices, telemetry, meters=settings.meters, names=names)
+        self.settler = Settler(
+            self.ledger,
+            _Courier(gate),
+            self.prices,
+            telemetry,
+            meters=settings.meters,
+            names=names,
+            before_delivery=self._apply_lessons,
+        )
         self.settler.start()
         self._adopt()
 
@@ -123,6 +134,15 @@ class Runtime:
             for meter in meters
             if meter.meter_code and meter.pricing is not None and meter.pricing.unit_price_xusd is not None
         }
+
+    def learn(self, feature_code: str, estimate: Estimate, usage: TokenUsage) -> None:
+        """Teach the estimator what the call really used; done by the settler, off the caller's path."""
+        self._lessons.append((feature_code, estimate, usage))
+
+    def _apply_lessons(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self.estimator.update(*self._lessons.popleft())
 
     def count_forgone(self, principal_id: str, tokens: int) -> None:
         """Remember the generated tokens that an aborted call gives away, by principal."""

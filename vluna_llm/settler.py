@@ -74,6 +74,7 @@ class Settler:
         *,
         meters: MetersMode,
         names: Callable[[str], MeterNames],
+        before_delivery: Callable[[], None] = lambda: None,
         retry_after: Callable[[int, float], float] = backoff,
     ) -> None:
         self._ledger = ledger
@@ -82,6 +83,7 @@ class Settler:
         self._telemetry = telemetry
         self._meters = meters
         self._names = names
+        self._before_delivery = before_delivery
         self._backoff = retry_after
         guard = threading.RLock()
         self._changed = threading.Condition(guard)  # work came, or the end
@@ -209,6 +211,7 @@ class Settler:
                 operation_id = self._lanes[lane].popleft()
             delay: float | None = None
             try:
+                self._before_delivery()
                 delay = self._deliver(operation_id)
             except Exception:
                 self._telemetry.internal_error("settler.deliver")
@@ -225,7 +228,7 @@ class Settler:
                 else:
                     self._later(lane, operation_id, delay or 0.0)
                 self._again.discard(operation_id)
-            self._prune()
+            self._house_keeping()
 
     def _next_lane(self) -> Lane | None:
         while not self._stopping:
@@ -242,7 +245,8 @@ class Settler:
             self._idle -= 1
         return None
 
-    def _prune(self) -> None:
+    def _house_keeping(self) -> None:
+        self._ledger.journal.checkpoint()
         if time.monotonic() - self._pruned_at > _PRUNE_EVERY:
             self._pruned_at = time.monotonic()
             with contextlib.suppress(Exception):

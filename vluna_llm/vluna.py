@@ -70,8 +70,8 @@ class Vluna:
         self._async_gate: AsyncGateClient | None = None
         if self.settings.outbox_shared is not None:
             raise ConfigurationError(
-                "VLUNA_LLM_OUTBOX_SHARED is not supported by this version; unset it and keep VLUNA_LLM_OUTBOX on a disk "
-                "that outlives the process."
+                "VLUNA_LLM_OUTBOX_SHARED is not supported by this version; unset it, and keep VLUNA_LLM_OUTBOX on a "
+                "disk that outlives the process."
             )
         if self._mode != "off":
             self._credentials()

@@ -45,7 +45,7 @@ def test_a_row_comes_back_as_it_was_written(tmp_path: Path) -> None:
     changed = dataclasses.replace(
         written, state=DONE, lease_token="lease.x.y", body=b'{"a":1}', path="/gate/commits", attempts=3, ended_at=2.0
     )
-    journal.update(changed)
+    journal.update(written, changed)
     assert journal.get("op-1") == changed
     assert journal.get("nobody") is None
     journal.close()
@@ -130,7 +130,7 @@ def test_what_was_written_survives_kill_9(tmp_path: Path) -> None:
         journal = Journal(pathlib.Path(sys.argv[1]))
         for n in range(50):
             journal.insert(row(f"op-{n}"))
-            journal.update(row(f"op-{n}", state=DONE))
+            journal.update(row(f"op-{n}"), row(f"op-{n}", state=DONE))
         os.kill(os.getpid(), signal.SIGKILL)
         """
     )

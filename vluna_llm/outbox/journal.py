@@ -8,53 +8,41 @@ dead, and may be adopted. Writes on the caller's thread use ``synchronous=NORMAL
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sqlite3
 import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import OutboxUnavailable
 from ..operation import Settlement
 from .lock import FileLock
-from .row import COLUMNS, Row, from_values, to_values
+from .row import COLUMNS, Row, changed_values, from_values, insert_values
 
 SCHEMA_VERSION = 1
 
-_INSERT = f"INSERT INTO operations ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608
-_KEEP = f"INSERT OR IGNORE{_INSERT.removeprefix('INSERT')}"
-_REPLACE = f"INSERT OR REPLACE{_INSERT.removeprefix('INSERT')}"
 _SELECT = "SELECT * FROM operations"
-_STATE_COLUMNS = (
-    "admission",
-    "work",
-    "settlement",
-    "route",
-    "dialect",
-    "cancel_sent",
-    "usage",
-    "usage_source",
-    "next_step",
-)
-_CHANGING = (
-    *_STATE_COLUMNS,
-    "model",
-    "lease_token",
-    "lease_id",
-    "response_id",
-    "ended_at",
-    "path",
-    "body",
-    "settle_key",
-    "attempts",
-    "next_attempt_at",
-    "last_error",
-    "receipt",
-)
-_INDEXES = tuple(list(COLUMNS).index(name) for name in _CHANGING)
-_UPDATE = f"UPDATE operations SET {', '.join(f'{name} = ?' for name in _CHANGING)} WHERE operation_id = ?"  # noqa: S608
+_CHECKPOINT_EVERY = 500
+"""Writes between checkpoints, which wait for the disk and are therefore not for the caller's thread."""
+_CHECKPOINT_AT_LAST = 20_000
+"""Pages of write-ahead log after which the caller's thread does it all the same: nobody else did."""
+
+Verb = Literal["INSERT", "INSERT OR IGNORE", "INSERT OR REPLACE"]
+
+
+@functools.lru_cache(maxsize=256)
+def _insert_sql(verb: Verb, columns: tuple[str, ...]) -> str:
+    # The names come from COLUMNS, never from outside; values go as parameters.
+    return f"{verb} INTO operations ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+
+
+@functools.lru_cache(maxsize=256)
+def _update_sql(columns: tuple[str, ...]) -> str:
+    assignments = ", ".join(f"{name} = ?" for name in columns)
+    return f"UPDATE operations SET {assignments} WHERE operation_id = ?"  # noqa: S608 - names come from COLUMNS
 
 
 class Journal:
@@ -72,6 +60,7 @@ class Journal:
         self.path: Path | None = None
         self._guard = threading.Lock()
         self._lock: FileLock | None = None
+        self._writes = 0
         try:
             if directory is None:
                 self._db = _connect(":memory:")
@@ -92,16 +81,30 @@ class Journal:
 
     def insert(self, row: Row) -> None:
         """Store a new operation. The row is on its way to disk before this returns."""
-        self._execute(_INSERT, to_values(row))
+        self._insert("INSERT", row)
 
-    def update(self, row: Row) -> None:
+    def update(self, old: Row, new: Row) -> None:
         """Store what changed in an operation."""
-        values = to_values(row)
-        self._execute(_UPDATE, (*(values[i] for i in _INDEXES), row.operation_id))
+        changed = changed_values(old, new)
+        if changed:
+            self._execute(_update_sql(tuple(changed)), (*changed.values(), new.operation_id))
 
     def replace(self, row: Row) -> None:
         """Store an operation whose first write failed, or whose file was given up meanwhile."""
-        self._execute(_REPLACE, to_values(row))
+        self._insert("INSERT OR REPLACE", row)
+
+    def _insert(self, verb: Verb, row: Row) -> None:
+        values = insert_values(row)
+        self._execute(_insert_sql(verb, tuple(values)), tuple(values.values()))
+
+    def checkpoint(self) -> None:
+        """Move what was logged into the file, where enough of it waits: for the settler, off the caller's path."""
+        if self.path is None or self._writes < _CHECKPOINT_EVERY:
+            return
+        self._writes = 0
+        # A connection of its own: writers go on meanwhile.
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.path, timeout=0.1)) as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def prune(self, older_than: float) -> int:
         """Drop rows that are settled for good and ended before ``older_than`` (seconds since the epoch)."""
@@ -179,7 +182,9 @@ class Journal:
             with self._writing():
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
-                    self._db.executemany(_KEEP, [to_values(row) for row in kept])
+                    for row in kept:
+                        values = insert_values(row)
+                        self._db.execute(_insert_sql("INSERT OR IGNORE", tuple(values)), tuple(values.values()))
                     self._db.execute("COMMIT")
                 except BaseException:
                     self._db.execute("ROLLBACK")
@@ -215,8 +220,15 @@ class Journal:
     # -- plumbing --------------------------------------------------------------------------------------------------
 
     def _execute(self, sql: str, values: tuple[Any, ...]) -> sqlite3.Cursor:
-        with self._writing():
-            return self._db.execute(sql, values)
+        with self._guard:
+            try:
+                self._writes += 1
+                return self._db.execute(sql, values)
+            except sqlite3.Error as error:
+                raise self._unavailable(error) from error
+
+    def _unavailable(self, error: sqlite3.Error) -> OutboxUnavailable:
+        return OutboxUnavailable(f"cannot use the outbox {self.path or 'in memory'}: {error}")
 
     def _query(self, sql: str, values: tuple[Any, ...]) -> list[Row]:
         with self._reading():
@@ -228,7 +240,7 @@ class Journal:
             try:
                 yield
             except sqlite3.Error as error:
-                raise OutboxUnavailable(f"cannot use the outbox {self.path or 'in memory'}: {error}") from error
+                raise self._unavailable(error) from error
 
     _reading = _writing
 
@@ -238,6 +250,7 @@ def _connect(target: str) -> sqlite3.Connection:
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
+    db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_AT_LAST}")
     return db
 
 

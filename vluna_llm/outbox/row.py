@@ -123,64 +123,64 @@ COLUMNS: Mapping[str, str] = {
     "derived": "INTEGER NOT NULL DEFAULT 0",
     "unsplit": "INTEGER NOT NULL DEFAULT 0",
 }
-"""The columns of the table ``operations``, in the order in which `to_values` gives them."""
+"""The columns of the table ``operations``."""
 
 
-def to_values(row: Row) -> tuple[Any, ...]:
-    """The row as values for `COLUMNS`."""
-    state = row.state
-    usage = None
-    if state.usage is not None:
-        stored: dict[str, Any] = dict(state.usage.counts())
-        if state.usage.audio_seconds is not None:
-            stored["audio_seconds"] = state.usage.audio_seconds
-        usage = json.dumps(stored)
-    return (
-        row.operation_id,
-        row.base_url,
-        row.realm_id,
-        row.pid,
-        row.principal_id,
-        row.user_id,
-        row.feature_code,
-        row.created_at,
-        row.authorize_key,
-        row.settle_key,
-        state.admission,
-        state.work,
-        state.settlement,
-        state.route,
-        state.dialect,
-        int(state.cancel_sent),
-        usage,
-        state.usage_source,
-        NEXT_STEP[state.settlement],
-        row.feature_family_code,
-        row.budget_id,
-        json.dumps(dict(row.labels)) if row.labels else None,
-        row.model,
-        row.estimated_input,
-        row.estimated_output,
-        row.lease_token,
-        row.lease_id,
-        row.response_id,
-        row.request_id,
-        row.trace_id,
-        row.span_id,
-        row.ended_at,
-        row.path,
-        row.body,
-        row.attempts,
-        row.next_attempt_at,
-        row.last_error,
-        row.receipt,
-        int(row.derived),
-        int(row.unsplit),
-    )
+def insert_values(row: Row) -> dict[str, Any]:
+    """The columns of a new row that are not empty."""
+    found = {name: value for name in _PLAIN if (value := getattr(row, name)) is not None}
+    if row.labels:
+        found["labels"] = json.dumps(dict(row.labels))
+    found.update(_state_values(row.state))
+    found.update((name, 1) for name in _FLAGS if getattr(row, name))
+    return found
+
+
+def changed_values(old: Row, new: Row) -> dict[str, Any]:
+    """The columns in which two states of one row differ; what identifies it and what it was made with never change."""
+    found = {name: value for name in _CHANGING if (value := getattr(new, name)) is not getattr(old, name)}
+    if new.state is not old.state:
+        before = _state_values(old.state)
+        found.update((name, value) for name, value in _state_values(new.state).items() if value != before.get(name))
+    return found
+
+
+def _state_values(state: OperationState) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "admission": state.admission,
+        "work": state.work,
+        "settlement": state.settlement,
+        "route": state.route,
+        "dialect": state.dialect,
+        "cancel_sent": int(state.cancel_sent),
+        "next_step": NEXT_STEP[state.settlement],
+    }
+    usage = state.usage
+    if usage is not None:
+        stored: dict[str, Any] = dict(usage.counts())
+        if usage.audio_seconds is not None:
+            stored["audio_seconds"] = usage.audio_seconds
+        found["usage"] = json.dumps(stored)
+        found["usage_source"] = state.usage_source
+    return found
 
 
 _FLAGS = ("derived", "unsplit")
 _PLAIN = tuple(name for name in Row.__dataclass_fields__ if name in COLUMNS and name not in ("labels", *_FLAGS))
+_CHANGING = (
+    "feature_code",
+    "feature_family_code",
+    "lease_token",
+    "lease_id",
+    "response_id",
+    "ended_at",
+    "path",
+    "body",
+    "attempts",
+    "next_attempt_at",
+    "last_error",
+    "receipt",
+)
 
 
 def from_values(values: Mapping[str, Any]) -> Row:

@@ -13,7 +13,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Mapping
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
 from .admission import Admissions, Prepared
@@ -481,8 +481,8 @@ class Vluna:
 
     def _wrap(self, client: C, bound: CallContext | None) -> C:
         # The one import that goes up: the facade is where users look for wrap(), the integrations know the clients.
-        kind = client.__name__ if isinstance(client, type(os)) else type(client).__mro__[-2].__module__
-        modules = {klass.__module__.partition(".")[0] for klass in type(client).__mro__} | {kind.partition(".")[0]}
+        homes = [client.__name__] if isinstance(client, ModuleType) else [k.__module__ for k in type(client).__mro__]
+        modules = {home.partition(".")[0] for home in homes}
         if "openai" not in modules:
             raise ConfigurationError(
                 f"Vluna.wrap does not know {type(client).__name__}; pass an openai client or the module openai."

@@ -488,3 +488,9 @@ def test_another_principal_never_inherits_the_purse_of_the_outer_one(vluna: Vlun
     operation.finish(USED)
     assert vluna.flush(5)
     assert gate.booked("bob").entries[0].user_id == "bob"
+
+
+@pytest.mark.parametrize("stranger", [object(), 3, asyncio, None])
+def test_wrapping_something_else_is_refused_clearly(vluna: Vluna, stranger: object) -> None:
+    with pytest.raises(ConfigurationError, match="Vluna.wrap does not know .*; pass an openai client"):
+        vluna.wrap(stranger)

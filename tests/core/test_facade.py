@@ -492,5 +492,5 @@ def test_another_principal_never_inherits_the_purse_of_the_outer_one(vluna: Vlun
 
 @pytest.mark.parametrize("stranger", [object(), 3, asyncio, None])
 def test_wrapping_something_else_is_refused_clearly(vluna: Vluna, stranger: object) -> None:
-    with pytest.raises(ConfigurationError, match="Vluna.wrap does not know .*; pass an openai client"):
+    with pytest.raises(ConfigurationError, match=r"Vluna\.wrap does not know .*; pass an openai client"):
         vluna.wrap(stranger)

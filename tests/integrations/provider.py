@@ -1,7 +1,7 @@
-"""The model provider at the edge of the tests: a small HTTP server that answers as OpenAI's API does, and misbehaves on demand.
+"""The model provider at the edge of the tests: a small HTTP server that answers as OpenAI's API does, or misbehaves.
 
-It is the only fake in the integration tests: the SDKs, the sockets, the journal and the gate are real. How it answers is
-set in ``behaviour``; what it was sent is in ``requests``.
+It is the only fake in the integration tests: the SDKs, the sockets, the journal and the gate are real. How it answers
+is set in ``behaviour``; what it was sent is in ``requests``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Provider:
     """The server. ``behaviour`` is one of:
 
     ``ok``; ``flaky`` (500, then ok), ``down`` (500 for ever), ``bad`` (400), ``refuses_option`` (400 on
-    ``stream_options``), ``refuses_everything_new`` (422 without naming it); ``cut`` (the connection is cut after 3 events),
-    ``ends_early`` (a clean end of bytes after 3 events), ``error_event`` (after 3 events), ``error_with_usage``,
-    ``hang`` (3 events, then nothing), ``hang_after_finish``, ``silent`` (no answer at all), ``slow`` (a pause before each
-    event); ``no_usage`` (the option is ignored), ``json`` (JSON although a stream was asked), ``html``, ``broken``,
-    ``error200``; ``length`` (the model ran out of tokens), ``filtered``; ``incomplete``, ``failed``, ``queued``
-    (Responses API); ``slow_body`` (JSON in small pieces). ``encoding`` compresses event streams.
+    ``stream_options``), ``refuses_everything_new`` (422 without naming it); ``cut`` (the connection is cut after
+    3 events), ``ends_early`` (a clean end of bytes after 3 events), ``error_event`` (after 3 events),
+    ``error_with_usage``, ``hang`` (3 events, then nothing), ``hang_after_finish``, ``silent`` (no answer at all),
+    ``slow`` (a pause before each event); ``no_usage`` (the option is ignored), ``json`` (JSON although a stream was
+    asked), ``html``, ``broken``, ``error200``; ``length`` (the model ran out of tokens), ``filtered``; ``incomplete``,
+    ``failed``, ``queued`` (Responses API); ``slow_body`` (JSON in small pieces). ``encoding`` compresses answers.
     """
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +56,8 @@ class WireServer:
 
 
 @contextlib.contextmanager
-def serving(*scripts: Script) -> Iterator[WireServer]:
+def serving(*scripts: Script, tls: ssl.SSLContext | None = None) -> Iterator[WireServer]:
+    """A server with these scripts, over TLS where a context is given."""
     server = WireServer(list(scripts))
     listener = socket.create_server(("127.0.0.1", 0))
     server.port = listener.getsockname()[1]
@@ -72,7 +74,7 @@ def serving(*scripts: Script) -> Iterator[WireServer]:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             open_sockets.append(connection)
             number += 1
-            threading.Thread(target=_serve, args=(server, connection, number), daemon=True).start()
+            threading.Thread(target=_serve, args=(server, connection, number, tls), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     try:
@@ -88,9 +90,11 @@ def serving(*scripts: Script) -> Iterator[WireServer]:
             connection.close()
 
 
-def _serve(server: WireServer, connection: socket.socket, number: int) -> None:
+def _serve(server: WireServer, connection: socket.socket, number: int, tls: ssl.SSLContext | None) -> None:
     buffer = b""
     try:
+        if tls is not None:
+            connection = tls.wrap_socket(connection, server_side=True)
         while True:
             while b"\r\n\r\n" not in buffer:
                 data = connection.recv(65536)

@@ -25,7 +25,7 @@ _FILE_TOKENS: Final = 1_500.0
 _FILE_CHARS_PER_TOKEN: Final = 24.0
 _BUILT_IN_TOOL_TOKENS: Final = 1_500.0
 _AUDIO_TOKENS_PER_SECOND: Final = 10.0
-_MOST_NODES: Final = 4_000
+_MOST_NODES: Final = 20_000
 
 _IMAGE_OUTPUT: Final = {"low": 272, "medium": 1056, "high": 4160}
 _SMALL_LIMIT: Final = 256

@@ -33,7 +33,7 @@ from .facts import (
 from .normalize import merge_anthropic, normalize_usage
 from .types import TokenUsage
 
-_Framing = Literal["unknown", "sse", "ndjson", "json", "opaque"]
+Framing = Literal["unknown", "sse", "ndjson", "json", "opaque"]
 _Protocol = Literal["unknown", "chat", "responses", "anthropic", "other"]
 
 _BOUNDARY: Final = re.compile(rb"\n\r?\n|\r\r")
@@ -140,7 +140,7 @@ class StreamReader:
         self.status: str | None = None
         self._url = url
         self._token_count = is_token_count(url)
-        self._framing: _Framing = "unknown"
+        self._framing: Framing = "unknown"
         self._sniff_as(content_type)
         self._protocol: _Protocol = "unknown"
         self._hide = hide_usage_chunk
@@ -233,6 +233,11 @@ class StreamReader:
         if self._sampled_bytes:
             return self._characters + round(self._quiet_bytes * self._sampled_characters / self._sampled_bytes)
         return self._characters + self._quiet_bytes // _BYTES_PER_CHARACTER
+
+    @property
+    def framing(self) -> Framing:
+        """What the bytes have turned out to be; ``unknown`` until the first of them that tells."""
+        return self._framing
 
     # -- framing ----------------------------------------------------------------------------------------------------
 
@@ -579,7 +584,7 @@ def make_reader(url: str, content_type: str | None, *, hide_usage_chunk: bool = 
     return StreamReader(url, content_type, hide_usage_chunk=hide_usage_chunk)
 
 
-def _sniff(start: bytearray) -> _Framing:
+def _sniff(start: bytearray) -> Framing:
     """Decide between an event stream and JSON by the first byte that is neither white space nor a byte order mark.
 
     Servers answer a request for a stream with a JSON error under ``text/event-stream``, and send events without a

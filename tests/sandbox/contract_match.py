@@ -14,7 +14,6 @@ TOKEN = re.compile(r"lease\.([0-9a-f-]{36})\.([0-9a-f]{16})")
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?(Z|\+00:00)\Z")
 FINGERPRINT = re.compile(r"[0-9a-f]{64}\Z")
 EXACT_MOMENTS = {"window_start", "window_end", "until", "period_start", "period_end", "occurred_at"}
-TOKEN_EXPIRY = 2
 
 
 class Ids:
@@ -37,6 +36,8 @@ class Ids:
             return self.ours[captured] == ours
         if UUID.fullmatch(captured) and captured.startswith("00000000-"):
             return captured == ours
+        if ours in self.ours.values():
+            return False
         self.ours[captured] = ours
         return True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import threading
 from collections import deque
@@ -31,6 +32,8 @@ from .world import World
 BASE = "/mgt/v1"
 TRANSPORT = "vluna.sandbox.transport"
 """Where the server puts the connection's transport in the ASGI ``state``, so that a fault may cut it."""
+
+_log = logging.getLogger("vluna_llm.sandbox")
 
 _MAX_BODY = 1024 * 1024
 _HEADERS = [
@@ -209,6 +212,10 @@ class GateApp:
         except Refusal as refusal:
             return self._refuse(refusal, spec, parsed)
         except DatabaseFault:
+            return self._refuse(unexpected())
+        except Exception:
+            # A mistake of this gate: nothing was kept, and a client meets what it meets on the real one.
+            _log.exception("the sandbox gate failed on %s %s", method, path)
             return self._refuse(unexpected())
 
     def _serve(

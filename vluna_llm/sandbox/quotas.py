@@ -11,11 +11,11 @@ from .world import World
 
 
 def policies_of(world: World, account: Account) -> tuple[Policy, ...]:
-    """The policies of an account: its plan's own, else the realm's."""
+    """The policies of an account: what was added for it, then its plan's own, else the realm's."""
     if account.policies is not None:
-        return account.policies
+        return account.extra_policies + account.policies
     realm = world.store.realms.get(account.realm_id)
-    return () if realm is None else realm.policies
+    return account.extra_policies + (() if realm is None else realm.policies)
 
 
 def policies_for(world: World, account: Account, feature: str) -> list[Policy]:

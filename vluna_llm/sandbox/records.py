@@ -98,7 +98,10 @@ class ContractTerm:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A customer (principal) of a realm."""
+    """A customer (principal) of a realm.
+
+    ``policies`` of its own (a plan's) replace the realm's; ``extra_policies`` come on top of either.
+    """
 
     realm_id: str
     principal_id: str
@@ -108,6 +111,7 @@ class Account:
     granted: tuple[str, ...] = ()
     denied: tuple[str, ...] = ()
     policies: tuple[Policy, ...] | None = None
+    extra_policies: tuple[Policy, ...] = ()
     contract_id: str | None = None
     terms: tuple[ContractTerm, ...] = ()
 

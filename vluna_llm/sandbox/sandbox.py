@@ -377,11 +377,7 @@ class Sandbox:
                     own.setdefault(limit.principal, []).append(limit.policy(kind))
             for principal_id, extra in own.items():
                 account = self._account(principal_id)
-                store.accounts.put(
-                    realm_id,
-                    principal_id,
-                    replace(account, policies=(*extra, *store.realms.rows[(realm_id,)].policies)),
-                )
+                store.accounts.put(realm_id, principal_id, replace(account, extra_policies=tuple(extra)))
         for fault in config.faults:
             self.faults.add(
                 fault.kind,
@@ -436,13 +432,13 @@ class Sandbox:
 
     def _policy(self, policy: Policy, principal_id: str | None) -> None:
         with self._store.transaction():
-            realm = self._store.realms.rows[(self.realm_id,)]
             if principal_id is None:
+                realm = self._store.realms.rows[(self.realm_id,)]
                 self._store.realms.put(self.realm_id, replace(realm, policies=(policy, *realm.policies)))
                 return
             account = self._account(principal_id)
-            before = realm.policies if account.policies is None else account.policies
-            self._store.accounts.put(self.realm_id, principal_id, replace(account, policies=(policy, *before)))
+            account = replace(account, extra_policies=(policy, *account.extra_policies))
+            self._store.accounts.put(self.realm_id, principal_id, account)
 
     def _account(self, principal_id: str) -> Account:
         return self._world.ensure_account(self.realm_id, principal_id)[0]

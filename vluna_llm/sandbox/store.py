@@ -111,12 +111,12 @@ class Store:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         file = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5)
         try:
-            file.execute("PRAGMA journal_mode=WAL")
-            file.execute("PRAGMA synchronous=NORMAL")
             version = file.execute("PRAGMA user_version").fetchone()[0]
             names = [row[0] for row in file.execute("SELECT name FROM sqlite_master WHERE type='table'")]
             if (names and "sandbox_rows" not in names) or version not in (0, _FORMAT):
                 raise ValueError(f"{path} is not a state file of this sandbox; give another path or remove the file")
+            file.execute("PRAGMA journal_mode=WAL")
+            file.execute("PRAGMA synchronous=NORMAL")
             file.execute(
                 "CREATE TABLE IF NOT EXISTS sandbox_rows "
                 "(seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, id TEXT NOT NULL, body TEXT NOT NULL, UNIQUE (kind, id))"

@@ -275,6 +275,9 @@ def test_a_call_without_a_time_out_is_refused(colour: Colour, timeout: Any) -> N
         (answer(403, b"<h1>Forbidden</h1>", content_type="text/html"), "not a gate"),
         (answer(200, b"<html>welcome</html>", content_type="text/html"), "no lease"),
         (refused(404, "RESOURCE.NOT_FOUND", "Cannot POST /gate/authorize"), "Cannot POST"),
+        (answer(404, {"message": "no Route matched with those values"}), "not a gate"),
+        (answer(422, {"detail": "Unprocessable"}), "not a gate"),
+        (answer(429, b"slow down", content_type="text/plain"), "not a gate"),
         (raw(b"SSH-2.0-OpenSSH_9.9\r\n\r\n"), "not HTTP"),
     ],
 )

@@ -54,7 +54,9 @@ def error_from(answer: Answer, body: object, kind: RequestKind, *, now: float) -
         "raw": body if body is not None else answer.body[:2000].decode("utf-8", "replace"),
         "meta": meta if isinstance(meta, Mapping) else None,
     }
-    is_envelope = code is not None or "message" in envelope
+    # Every verdict of a gate has a code; only its unforeseen errors may lack one (development mode). A proxy's own
+    # JSON, e.g. {"message": "no route"}, is nothing that a gate has said about this customer.
+    is_envelope = code is not None or (status >= 500 and "message" in envelope)
 
     if 300 <= status < 400:
         return GateUnavailable(
@@ -65,11 +67,10 @@ def error_from(answer: Answer, body: object, kind: RequestKind, *, now: float) -
     if status in (502, 503, 504) or (status >= 500 and not is_envelope):
         return GateUnavailable(message, retryable=True, advice="Same key, same bytes may be sent again.", **details)
     if not is_envelope:
-        # A proxy's own refusal or another web server: nothing that a gate has said about this customer.
         return GateUnavailable(
             f"what answered (HTTP {status}) is not a gate",
             advice=f"Check that {_URL} points to a running gate, path included (usually ending in /mgt/v1).",
-            retryable=status in (408, 425),
+            retryable=status in (408, 425, 429),
             **details,
         )
     if status == 402:
@@ -161,8 +162,8 @@ def _auth_advice(code: str | None, message: str) -> str:
 
 
 def _not_found(message: str, kind: RequestKind, details: dict[str, Any]) -> GateError:
-    if message.startswith("Cannot ") and kind in _EVERY_GATE_HAS:
-        # Not this customer's fault, and usage must not be thrown away for it: the address is wrong.
+    if kind in _EVERY_GATE_HAS:
+        # What is unknown there is answered 422. No fault of this customer, and usage must not be thrown away for it.
         return GateUnavailable(
             message,
             advice=f"The gate has no such route: check the path of {_URL} (usually ending in /mgt/v1).",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import weakref
 from collections import deque
 from typing import Protocol
@@ -67,6 +68,7 @@ class LoopTransport:
         self._base_url = base_url
         self._elsewhere: AsyncHttpxTransport | None = None
         self._pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = weakref.WeakKeyDictionary()
+        self._opening = threading.Lock()
         self._pid = os.getpid()
 
     async def exchange(self, request: WireRequest, patience: Patience) -> Answer:
@@ -104,13 +106,16 @@ class LoopTransport:
 
     def _pool_of(self, loop: asyncio.AbstractEventLoop) -> _Pool:
         if self._pid != os.getpid():
+            # The parent's lock may have been held at the fork.
+            self._opening = threading.Lock()
             self._pools, self._pid = weakref.WeakKeyDictionary(), os.getpid()
         pool = self._pools.get(loop)
         if pool is None:
-            # A pool's transports keep their loop alive, so those of closed loops have to be dropped by hand.
-            for other in [known for known in list(self._pools) if known.is_closed()]:
-                del self._pools[other]
-            pool = self._pools[loop] = _Pool(loop)
+            with self._opening:
+                # A pool's transports keep their loop alive, so those of closed loops have to be dropped by hand.
+                for other in [known for known in list(self._pools) if known.is_closed()]:
+                    del self._pools[other]
+                pool = self._pools[loop] = _Pool(loop)
         return pool
 
     async def _opened(self, loop: asyncio.AbstractEventLoop, seconds: float) -> _Connection:

@@ -162,6 +162,8 @@ def test_one_absurd_report_does_not_spoil_a_feature() -> None:
         estimator.update("f", estimator.predict("f", body, kind="chat"), usual)
     estimator.update("f", estimator.predict("f", body, kind="chat"), TokenUsage(10**7, 10**6))
     assert estimator.predict("f", body, kind="chat").total < 3 * usual.total_tokens
+    other = estimator.predict("f", chat(SENTENCE * 100), kind="chat").input_tokens
+    assert other == pytest.approx(1_700, rel=0.5)
     for _ in range(3):
         estimator.update("f", estimator.predict("f", body, kind="chat"), usual)
     assert estimator.predict("f", body, kind="chat").total == pytest.approx(usual.total_tokens, rel=0.15)

@@ -107,6 +107,60 @@ def test_short_cuts_do_not_miss_anything(texts: list[str], ascii_only: bool, pad
     assert pieces.usage == TokenUsage(10, 5)
 
 
+def learned(hide: bool = True) -> StreamReader:
+    """A reader that has seen enough text events to recognise them by their bytes."""
+    reader = make_reader(URL, SSE, hide_usage_chunk=hide)
+    for _ in range(4):
+        reader.feed((EVENTS[2] + "\n\n").encode())
+    return reader
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        EVENTS[2].replace("null}]", '"xy"}]'),  # as long as null
+        EVENTS[2].replace('"a"', '"\\\\"').replace("null}]", '"xy"}]'),
+        EVENTS[2].replace("null}]", '"stop"}]') + "\n\n" + EVENTS[2],
+        EVENTS[2] + "\n\n" + EVENTS[2].replace("null}]", '"stop"}]') + "\n\n" + EVENTS[2],
+    ],
+)
+def test_what_only_looks_like_a_known_text_event_is_read(told: str) -> None:
+    """A finish reason of the length of null, or between two ordinary ends, is seen."""
+    reader = learned()
+    assert not reader.finish_reason_seen
+    assert reader.feed((told + "\n\n").encode())
+    assert reader.finish_reason_seen
+
+
+def test_choices_in_turns_are_told_apart_and_their_ends_seen() -> None:
+    """Two shapes of text events may alternate; an end of either shape is not mistaken for text."""
+    shapes = [EVENTS[2], EVENTS[2].replace('"index":0', '"index":1')]
+    for ending in shapes:
+        reader = make_reader(URL, SSE)
+        for n in range(9):
+            assert not reader.feed((shapes[n % 2] + "\n\n").encode())
+        assert reader.feed((ending.replace("null}]", '"xy"}]') + "\n\n").encode())
+        assert reader.finish_reason_seen
+        assert reader.output_characters == pytest.approx(10, abs=4)
+
+
+def test_a_known_text_event_after_an_unfinished_one_waits_its_turn() -> None:
+    """What looks like a whole event in the middle of another one is not taken out of its order."""
+    reader = learned()
+    pieces = [b": half a comment\n", (EVENTS[2] + "\n\n").encode(), (EVENTS[8] + "\n\n").encode(), b"data: [DONE]\n\n"]
+    passed = b"".join(reader.pass_through(piece) for piece in pieces) + reader.flush()
+    assert passed == pieces[0] + pieces[1] + pieces[3]
+    assert reader.usage == TokenUsage(10, 5)
+
+
+def test_a_byte_order_mark_before_the_first_event() -> None:
+    """A mark at the very start belongs to no event, however the bytes are cut."""
+    body = b"\xef\xbb\xbf" + build([8, 11], "\n")
+    for cuts in ([], [1], [2], [3], [1, 2, 3, 4]):
+        reader, _ = run(body, cuts, hide=False)
+        assert (reader.usage, reader.finished) == (TokenUsage(10, 5), True)
+
+
 def test_feed_tells_when_something_became_known() -> None:
     """True exactly for the pieces that bring a finish reason, usage, an error or the end."""
     reader = make_reader(URL, SSE)

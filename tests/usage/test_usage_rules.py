@@ -170,6 +170,27 @@ def test_mistral_audio_beside_the_prompt() -> None:
     assert usage == TokenUsage(380, 11, audio_input_tokens=375, contradiction="audio_beside_input")
 
 
+def test_audio_beside_the_prompt_while_reasoning_is_inside_the_output() -> None:
+    """One part may stand beside its whole while another is inside: the total tells them apart."""
+    usage = normalize_usage(
+        {
+            "prompt_tokens": 5,
+            "completion_tokens": 11,
+            "total_tokens": 36,
+            "prompt_tokens_details": {"audio_tokens": 20},
+            "completion_tokens_details": {"reasoning_tokens": 7},
+        }
+    )
+    assert usage == TokenUsage(25, 11, 0, 0, 7, 20, contradiction="audio_beside_input")
+
+
+def test_gemini_totals_that_do_not_fit_are_marked() -> None:
+    """A larger total has hidden output; a smaller one is kept as stated parts."""
+    counts = {"promptTokenCount": 10, "candidatesTokenCount": 5}
+    assert normalize_usage({**counts, "totalTokenCount": 40}) == TokenUsage(10, 30, contradiction="hidden_output")
+    assert normalize_usage({**counts, "totalTokenCount": 9}) == TokenUsage(10, 5, contradiction="total_below_parts")
+
+
 def test_cached_beside_the_input_under_openai_names_is_found_by_the_total() -> None:
     """A proxy that keeps Anthropic's numbers under OpenAI's names."""
     usage = normalize_usage(

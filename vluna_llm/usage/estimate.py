@@ -150,11 +150,10 @@ def _learn(past: _Past, numbers: Vector, usage: TokenUsage) -> _Past:
     expected = _dot(past.weights, vector)
     covariance = past.covariance
     spread = [_dot(row, vector) for row in covariance]
+    # The noise grows with what was reported, so that one absurd report moves little.
     noise = (_NOISE_TOKENS + _NOISE_SHARE * max(usage.input_tokens, expected)) ** 2
     scale = _dot(spread, vector) + noise
     surprise = usage.input_tokens - expected
-    limit = 6 * math.sqrt(scale)  # one strange call moves the weights only so far
-    surprise = min(max(surprise, -limit), limit)
     weights = tuple(past.weights[i] + spread[i] / scale * surprise for i in range(size))
     covariance = tuple(
         tuple(

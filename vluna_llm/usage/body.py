@@ -15,6 +15,7 @@ from .types import TokenUsage
 _TOKEN_COUNT_PATH: Final = re.compile(r"(?:/count_tokens|/input_tokens|:countTokens)/?(?:[?#]|\Z)")
 _BULKY_PATH: Final = re.compile(r"/(?:embeddings|images/(?:generations|edits|variations))/?(?:[?#]|\Z)")
 _BULKY_BYTES: Final = 16 * 1024
+_LONGEST_TAIL: Final = 8 * 1024
 _SCALAR_MEMBER: Final = re.compile(
     rb'\s*"((?:[^"\\]|\\.)*)"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|true|false|null)\s*,', re.DOTALL
 )
@@ -93,7 +94,7 @@ def read_ends(body: bytes) -> dict[str, Any] | None:
     """
     text = body.strip()
     at = text.rfind(b'"usage"')
-    if at < 0 or not text.startswith(b"{") or not text.endswith(b"}"):
+    if at < 0 or len(text) - at > _LONGEST_TAIL or not text.startswith(b"{") or not text.endswith(b"}"):
         return None
     near = text.rfind(b'"model"', max(at - 256, 0), at)
     for start in (near, at):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .body import BodyFacts
-from .stream import StreamReader
+from .body import BodyFacts, read_json_body
+from .stream import StreamReader, sniff
 from .types import TokenUsage
 
 
@@ -13,6 +13,8 @@ def read_body(url: str, content_type: str | None, body: bytes) -> BodyFacts:
     ``body`` is decoded (no content encoding). Never raises: what cannot be read says nothing.
     """
     reader = StreamReader(url, content_type)
+    if reader.framing == "unknown" and sniff(body) == "json":
+        return read_json_body(url, body)  # what the reader would do in the end, without its copies
     reader.feed(body)
     reader.end()
     return BodyFacts(

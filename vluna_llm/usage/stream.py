@@ -266,7 +266,7 @@ class StreamReader:
         if self._framing == "unknown":
             self._pending += data
             given = self._passed
-            self._framing = _sniff(self._pending)
+            self._framing = sniff(self._pending)
             if self._framing == "sse":
                 data = bytes(self._pending)
                 self._pending.clear()
@@ -584,7 +584,7 @@ def make_reader(url: str, content_type: str | None, *, hide_usage_chunk: bool = 
     return StreamReader(url, content_type, hide_usage_chunk=hide_usage_chunk)
 
 
-def _sniff(start: bytearray) -> Framing:
+def sniff(start: bytes | bytearray) -> Framing:
     """Decide between an event stream and JSON by the first byte that is neither white space nor a byte order mark.
 
     Servers answer a request for a stream with a JSON error under ``text/event-stream``, and send events without a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from typing import Literal
 
 import pytest
@@ -199,6 +200,25 @@ def test_only_one_thread_gets_the_probe() -> None:
         for thread in threads:
             thread.join()
         assert admitted.count(True) == 1
+
+
+def test_a_token_taken_in_between_is_given_back() -> None:
+    """The worst interleaving of two threads: both saw the cool-off end, the second takes the token after the first."""
+    breaker = opened()
+    others: list[bool] = []
+
+    class Interrupted(deque[None]):
+        def pop(self) -> None:  # type: ignore[override]
+            if not others:
+                others.append(False)
+                others[0] = breaker.admit(1.5)
+            return super().pop()
+
+    breaker._probe = Interrupted(breaker._probe, maxlen=1)
+    assert breaker.admit(1.5) is False
+    assert others == [True]
+    breaker.failed(1.6)
+    assert breaker.admit(4.0)
 
 
 def test_cap_counts_operations_and_age_for_each_customer() -> None:

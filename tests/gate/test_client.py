@@ -256,6 +256,21 @@ def test_a_time_out_bounds_a_whole_exchange(colour: Colour) -> None:
         assert client.commit(lease=A_LEASE, principal_id="c", quantity=1).parsed
 
 
+def test_time_between_bytes_does_not_add_up(colour: Colour) -> None:
+    """Part of an answer, then silence: the whole is bounded, not only each wait."""
+
+    def stall(_: Seen, connection: Any) -> None:
+        time.sleep(0.35)
+        connection.sendall(b"HTTP/1.1 200 OK\r\n")
+        connection.recv(1)
+
+    with serving(stall) as gate, Caller(colour, gate.credentials()) as client:
+        started = time.monotonic()
+        with pytest.raises(GateUnavailable):
+            client.commit(lease=A_LEASE, principal_id="c", quantity=1, timeout=httpx.Timeout(0.4, connect=0.1))
+        assert time.monotonic() - started < 0.65
+
+
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), httpx.Timeout(None)])
 def test_a_call_without_a_time_out_is_refused(colour: Colour, timeout: Any) -> None:
     """Nothing may wait for ever."""
@@ -467,12 +482,12 @@ def test_a_cancelled_call_leaves_no_half_exchange_behind() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        lease = await client.authorize(principal_id="c", feature_code="f")
+        result = await client.commit(lease=A_LEASE, principal_id="c", quantity=1)
         await client.aclose()
-        return lease.lease_id
+        return result.commit_id
 
-    with serving(late, ok(LEASE)) as gate:
-        assert asyncio.run(run(AsyncGateClient(gate.credentials()))) == LEASE["lease_id"]
+    with serving(late, ok(COMMIT)) as gate:
+        assert asyncio.run(run(AsyncGateClient(gate.credentials()))) == COMMIT["commit_id"]
     assert [seen.connection for seen in gate.seen] == [1, 2]
 
 

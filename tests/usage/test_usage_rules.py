@@ -558,6 +558,38 @@ def test_any_bytes_are_read_without_raising(body: bytes, content_type: str | Non
     read_body(CHAT, content_type, body)
 
 
+EVENT_NAMES = ["type", "object", "status", "error", "done", "choices", "delta", "usage", "response", "message", "meta"]
+MORE_NAMES = [
+    "finish_reason",
+    "candidates",
+    "content",
+    "parts",
+    "tool_calls",
+    "function",
+    "x_groq",
+    "id",
+    "model",
+    "text",
+]
+ODD_EVENTS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["response", "message_start", "error", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(EVENT_NAMES + MORE_NAMES), inner),
+    max_leaves=25,
+)
+
+
+@given(st.lists(ODD_EVENTS, max_size=5), st.sampled_from([CHAT, RESPONSES, MESSAGES]))
+def test_any_json_in_any_place_is_read_without_raising(events: list[Any], url: str) -> None:
+    """Known names with values of the wrong kind, in bodies and in streams."""
+    read_body(url, SSE, sse(*(event for event in events if not isinstance(event, str))))
+    for event in events:
+        read_body(url, JSON, json.dumps(event).encode())
+
+
 # -- large bodies ------------------------------------------------------------------------------------------------------
 
 

@@ -25,8 +25,8 @@ TERMINAL_EVENTS: Final = frozenset(
 )
 """Event types that end a stream by protocol: Responses, Anthropic, Cohere, and OpenAI's audio and image streams."""
 
-FAILED_STATUSES: Final = frozenset({"failed", "cancelled"})
-ENDED_STATUSES: Final = frozenset({"completed", "incomplete", "failed", "cancelled"})
+FAILED_STATUSES: Final = ("failed", "cancelled")
+ENDED_STATUSES: Final = ("completed", "incomplete", "failed", "cancelled")
 
 
 def usage_object(obj: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -92,9 +92,15 @@ def has_finish_reason(obj: Mapping[str, Any]) -> bool:
     for candidate in _list(obj.get("candidates")):
         if isinstance(candidate, dict) and candidate.get("finishReason"):
             return True
-    if obj.get("type") in TERMINAL_EVENTS:
+    if is_terminal(obj):
         return True
     return obj.get("object") == "response" and obj.get("status") in ENDED_STATUSES
+
+
+def is_terminal(obj: Mapping[str, Any]) -> bool:
+    """Whether this event is the protocol's own end: by its type, or Ollama's ``done``."""
+    kind = obj.get("type")
+    return (isinstance(kind, str) and kind in TERMINAL_EVENTS) or obj.get("done") is True
 
 
 def is_usage_only(obj: Mapping[str, Any]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .body import BodyFacts, read_json_body
-from .stream import StreamReader, sniff
+from .framing import sniff
+from .stream import StreamReader
 from .types import TokenUsage
 
 

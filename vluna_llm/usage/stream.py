@@ -14,32 +14,13 @@ the event-stream format: a blank line, with LF, CRLF or CR line ends. Nothing is
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Final
 
-from .body import is_token_count, last_usage_object, read_ends, read_json_body
-from .facts import (
-    TERMINAL_EVENTS,
-    generated_characters,
-    has_finish_reason,
-    identity,
-    is_error,
-    is_usage_only,
-    start_usage,
-    usage_object,
-)
-from .normalize import merge_anthropic, normalize_usage
-from .types import TokenUsage
+from .events import EventReader
+from .facts import generated_characters
+from .framing import BOM, BOUNDARY, Framing, announced, decode, payload_of, sniff
 
-Framing = Literal["unknown", "sse", "ndjson", "json", "opaque"]
-_Protocol = Literal["unknown", "chat", "responses", "anthropic", "other"]
-
-_BOUNDARY: Final = re.compile(rb"\n\r?\n|\r\r")
-_BOM: Final = b"\xef\xbb\xbf"
-_IDENTIFY_WITHIN: Final = 8
-"""Events that are parsed in search of an id and a model; a server that sends neither is not parsed for ever."""
 _LARGEST: Final = 32 * 1024 * 1024
 _KEPT_HEAD: Final = 64 * 1024
 _KEPT_TAIL: Final = 1024 * 1024
@@ -69,34 +50,19 @@ _HAS_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*[^\]\s]')
 _MAY_BE_USAGE_CHUNK: Final = re.compile(rb"\s*(?:\Z|[:dier])")
 _TEXT_MEMBER: Final = re.compile(rb'"(?:content|reasoning_content|reasoning|text|arguments)": ?"')
 _PADDING: Final = re.compile(rb'"obfuscation": ?"')
-_SSE_START: Final = b":deir"
 
 
-class StreamReader:
+class StreamReader(EventReader):
     """Follows one response and says, at any time and at no cost, what it has reported so far.
 
     ``feed`` decoded bytes in any pieces and call ``end`` when there are no more; a body that is plain JSON is kept and
-    read at ``end``. The reader never raises on what it is fed. It is not made for two threads at once.
-
-    Attributes:
-        usage: the last usage reported, final or cumulative, in tokens: what may be committed whatever happens next.
-            Anthropic's ``message_start`` alone is neither and stays in ``provisional_usage`` (design rule 3). Counts
-            that were already reported are not undone by zeros that follow (an error's last chunk, *observed*).
-        provisional_usage: input known, output not yet: for an estimate of an abandoned Anthropic stream.
-        finished: the protocol's own end was seen: ``[DONE]``, ``response.completed|incomplete|failed``,
-            ``message_stop``, the last event of Cohere, Ollama and of audio and image streams; a whole JSON body.
-        finish_reason_seen: the model has stopped, so leaving now is not an abort.
-        failed: an error was seen; usage may still be there, or come.
-        response_id, model: as the provider names them, None until seen.
-        status: the Responses API's ``status`` where one was seen (``queued``, ``completed``, ...).
+    read at ``end``. What was reported is in the attributes of `EventReader`. The reader never raises on what it is fed.
+    It is not made for two threads at once.
     """
 
     __slots__ = (
-        "_characters",
-        "_events",
         "_framing",
         "_hide",
-        "_identify",
         "_learned_at",
         "_middle",
         "_middle_length",
@@ -104,51 +70,24 @@ class StreamReader:
         "_pending",
         "_prefix",
         "_prefix_length",
-        "_protocol",
         "_quiet",
         "_quiet_bytes",
         "_sample_at",
         "_sampled_bytes",
         "_sampled_characters",
         "_spare",
-        "_start",
         "_suffix",
         "_suffix_length",
         "_template",
         "_templates_left",
-        "_token_count",
-        "_truncated",
-        "_url",
-        "failed",
-        "finish_reason_seen",
-        "finished",
-        "model",
-        "provisional_usage",
-        "response_id",
-        "status",
-        "usage",
     )
 
     def __init__(self, url: str, content_type: str | None, *, hide_usage_chunk: bool = False) -> None:
-        self.usage: TokenUsage | None = None
-        self.provisional_usage: TokenUsage | None = None
-        self.finished = False
-        self.finish_reason_seen = False
-        self.failed = False
-        self.response_id: str | None = None
-        self.model: str | None = None
-        self.status: str | None = None
-        self._url = url
-        self._token_count = is_token_count(url)
-        self._framing: Framing = "unknown"
-        self._sniff_as(content_type)
-        self._protocol: _Protocol = "unknown"
+        super().__init__(url)
+        self._framing: Framing = announced(content_type)
         self._hide = hide_usage_chunk
-        self._identify = _IDENTIFY_WITHIN
         self._pending = bytearray()  # the event (or body) in progress
         self._passed = 0  # how much of it the caller has been given already, where something may have to be hidden
-        self._truncated = False  # the middle of what is pending was too large to keep
-        self._start: Mapping[str, Any] | None = None  # usage of Anthropic's message_start
         # The template of a chat event that only adds text: prefix, a string, [middle, a string,] suffix.
         self._template = self._prefix = _NEVER  # _prefix is the template while its short cut is open
         self._prefix_length = 1
@@ -160,13 +99,11 @@ class StreamReader:
         self._spare: tuple[bytes, bytes, bytes] = (_NEVER, b"", _NEVER)
         self._templates_left = _RELEARN
         self._learned_at = 0
-        # Output: characters counted, and bytes of events that were not counted, with a sample to scale them by.
-        self._characters = 0
+        # Bytes of events whose characters were not counted, with a sample to scale them by.
         self._quiet_bytes = 0
         self._sample_at = _SAMPLE_FIRST
         self._sampled_bytes = 0
         self._sampled_characters = 0
-        self._events = 0
 
     # -- feeding ----------------------------------------------------------------------------------------------------
 
@@ -241,14 +178,6 @@ class StreamReader:
 
     # -- framing ----------------------------------------------------------------------------------------------------
 
-    def _sniff_as(self, content_type: str | None) -> None:
-        """What the content type promises; the first byte has the last word, since both are wrong at times."""
-        kind = (content_type or "").split(";", 1)[0].strip().lower()
-        if kind.startswith(("audio/", "image/", "video/", "multipart/")) or kind == "text/html":
-            self._framing = "opaque"
-        elif kind in ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines"):
-            self._framing = "ndjson"
-
     def _feed(self, data: bytes, out: list[bytes] | None) -> bool:
         if self._framing == "sse" and not self._pending and data.endswith(b"\n\n"):
             if data.startswith(self._spare[0]) and self._swap(data):
@@ -269,6 +198,8 @@ class StreamReader:
             self._framing = sniff(self._pending)
             if self._framing == "sse":
                 data = bytes(self._pending)
+                self._pending.clear()
+            elif self._framing == "opaque":
                 self._pending.clear()
             else:
                 self._passed = len(self._pending)
@@ -316,9 +247,6 @@ class StreamReader:
         self._middle, self._middle_length = middle, len(middle)
         self._suffix, self._suffix_length = suffix, len(suffix)
 
-    def _identifying(self) -> bool:
-        return self._identify > 0 and (self.response_id is None or self.model is None)
-
     def _feed_events(self, data: bytes, out: list[bytes] | None, given: int) -> None:
         """Read all events that are whole now; ``given`` bytes at the start have been passed on before."""
         pending = self._pending
@@ -326,7 +254,7 @@ class StreamReader:
             given = self._passed
             known = max(len(pending) - 3, 0)
             pending += data
-            if _BOUNDARY.search(pending, known) is None:
+            if BOUNDARY.search(pending, known) is None:
                 if out is not None:
                     self._pass_unfinished(out)
                 self._bound()
@@ -334,7 +262,7 @@ class StreamReader:
             data = bytes(pending)
             pending.clear()
         cut = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3, data.rfind(b"\r\r") + 2)
-        if cut < 4 and _BOUNDARY.search(data) is None:  # what rfind answers where there is none
+        if cut < 4 and BOUNDARY.search(data) is None:  # what rfind answers where there is none
             cut = 0
         if cut:
             whole = data if cut == len(data) else data[:cut]
@@ -344,7 +272,7 @@ class StreamReader:
                     out.append(whole[given:] if given else whole)
             else:
                 start = 0
-                for boundary in _BOUNDARY.finditer(whole):
+                for boundary in BOUNDARY.finditer(whole):
                     event, end = whole[start : boundary.start()], boundary.end()
                     drop = self._read_event(event)
                     if out is not None:
@@ -366,7 +294,7 @@ class StreamReader:
         if (
             self._passed
             or len(pending) > _LARGEST_USAGE_CHUNK
-            or not _MAY_BE_USAGE_CHUNK.match(pending.removeprefix(_BOM))
+            or not _MAY_BE_USAGE_CHUNK.match(pending.removeprefix(BOM))
             or _HAS_CHOICES.search(pending)
         ):
             out.append(bytes(pending[self._passed :]))
@@ -407,19 +335,6 @@ class StreamReader:
             self._read_body(rest)
         return False
 
-    def _read_body(self, body: bytes) -> None:
-        if self._truncated:
-            ends = read_ends(body)
-            body = json.dumps(ends).encode() if ends is not None else b""
-        facts = read_json_body(self._url, body)
-        self._take(facts.usage)
-        self.response_id = self.response_id or facts.response_id
-        self.model = self.model or facts.model
-        self.status = facts.status or self.status
-        self.failed = self.failed or facts.failed
-        self.finish_reason_seen = self.finish_reason_seen or facts.finish_reason_seen
-        self.finished = self.finished or facts.complete
-
     # -- events -----------------------------------------------------------------------------------------------------
 
     def _may_skip(self, events: bytes) -> bool:
@@ -457,8 +372,8 @@ class StreamReader:
         self._quiet_bytes += len(events)
         if self._quiet_bytes >= self._sample_at:
             self._sample_at = self._quiet_bytes + _SAMPLE_EVERY
-            event = _BOUNDARY.split(events, 1)[0]
-            if (obj := _decode(_payload(event)[0])) is not None:
+            event = BOUNDARY.split(events, 1)[0]
+            if (obj := decode(payload_of(event)[0])) is not None:
                 self._sampled_bytes += len(event) + 2
                 self._sampled_characters += generated_characters(obj)
 
@@ -477,7 +392,7 @@ class StreamReader:
             return
         start = match.end()
         end = event.find(b'"', start)
-        boundary = _BOUNDARY.search(event)
+        boundary = BOUNDARY.search(event)
         if end < 0 or b"\\" in event[start:end] or boundary is None or boundary.end() != len(event):
             return
         self._templates_left -= 1
@@ -495,71 +410,14 @@ class StreamReader:
             self._measure(event)
             return False
         if self._events == 0:
-            event = event.removeprefix(_BOM)
+            event = event.removeprefix(BOM)
         if not event.strip():
             return False
         self._events += 1
-        payload, name, junk_error = _payload(event)
+        payload, name, junk_error = payload_of(event)
         if junk_error or name == b"error":
             self.failed = True
         return self._read_payload(payload, name)
-
-    def _read_payload(self, payload: bytes, name: bytes | None) -> bool:
-        payload = payload.strip()
-        if not payload:
-            return False
-        if payload == b"[DONE]":
-            self.finished = True
-            return False
-        obj = _decode(payload)
-        if obj is None:
-            if self._truncated:
-                self._truncated = False
-                self._take(normalize_usage(last_usage_object(payload)))
-                self._ended_by_name(name)
-            return False
-        if self._identifying():
-            self._identify -= 1
-            response_id, model = identity(obj)
-            self.response_id = self.response_id or response_id
-            self.model = self.model or model
-        if self._protocol == "unknown":
-            self._protocol = _protocol_of(obj)
-        self._characters += generated_characters(obj)
-        self._read_usage(obj)
-        kind = obj.get("type")
-        if has_finish_reason(obj):
-            self.finish_reason_seen = True
-        if kind in TERMINAL_EVENTS or obj.get("done") is True:
-            self.finished = True
-        if is_error(obj):
-            self.failed = True
-        response = obj.get("response")
-        if isinstance(response, Mapping) and isinstance(response.get("status"), str):
-            self.status = response["status"]
-        return is_usage_only(obj)
-
-    def _read_usage(self, obj: Mapping[str, Any]) -> None:
-        start = start_usage(obj)
-        if start is not None:
-            self._start = start
-            self.provisional_usage = normalize_usage(start)
-            return
-        raw = usage_object(obj)
-        if raw is not None and self._start is not None and obj.get("type") == "message_delta":
-            raw = merge_anthropic(self._start, raw)
-        self._take(normalize_usage(raw))
-
-    def _take(self, usage: TokenUsage | None) -> None:
-        if usage is None or self._token_count:
-            return
-        if usage.total_tokens or self.usage is None:
-            self.usage = usage
-
-    def _ended_by_name(self, name: bytes | None) -> None:
-        if name is not None and name.decode("ascii", "replace") in TERMINAL_EVENTS:
-            self.finished = self.finish_reason_seen = True
-            self.failed = self.failed or name == b"response.failed"
 
 
 class UsageChunkFilter:
@@ -582,54 +440,3 @@ class UsageChunkFilter:
 def make_reader(url: str, content_type: str | None, *, hide_usage_chunk: bool = False) -> StreamReader:
     """A reader for one response: of an event stream, lines of JSON or a JSON body, whichever it turns out to be."""
     return StreamReader(url, content_type, hide_usage_chunk=hide_usage_chunk)
-
-
-def sniff(start: bytes | bytearray) -> Framing:
-    """Decide between an event stream and JSON by the first byte that is neither white space nor a byte order mark.
-
-    Servers answer a request for a stream with a JSON error under ``text/event-stream``, and send events without a
-    content type: no JSON object or list begins with what a line of an event stream begins with.
-    """
-    first = bytes(start[:256]).removeprefix(_BOM).lstrip()[:1] or bytes(start).removeprefix(_BOM).lstrip()[:1]
-    if first in (b"{", b"["):
-        return "json"
-    if not first or first == b"\xef":
-        return "unknown"
-    return "sse" if first in _SSE_START else "opaque"
-
-
-def _protocol_of(obj: Mapping[str, Any]) -> _Protocol:
-    kind = obj.get("type")
-    if isinstance(obj.get("choices"), list):
-        return "chat"
-    if isinstance(kind, str) and kind.startswith("response."):
-        return "responses"
-    if kind in ("message_start", "content_block_start", "content_block_delta", "ping"):
-        return "anthropic"
-    return "unknown" if "error" in obj else "other"
-
-
-def _payload(event: bytes) -> tuple[bytes, bytes | None, bool]:
-    """Data, event name, and whether there is an ``error:`` line, which llama.cpp and GPUStack send (*observed*)."""
-    if event.startswith(b"data:") and b"\n" not in event and b"\r" not in event:
-        return event[5:], None, False
-    data: list[bytes] = []
-    name: bytes | None = None
-    error = False
-    for line in event.splitlines():
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            data.append(value[1:] if value.startswith(b" ") else value)
-        elif field == b"event":
-            name = value.strip()
-        elif field == b"error":
-            error = True
-    return b"\n".join(data), name, error
-
-
-def _decode(payload: bytes) -> Mapping[str, Any] | None:
-    try:
-        obj = json.loads(payload)
-    except (ValueError, RecursionError):
-        return None
-    return obj if isinstance(obj, dict) else None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -316,6 +319,50 @@ def test_an_acknowledged_booking_is_in_the_file_before_the_answer(tmp_path: Path
         with sqlite3.connect(path) as reader:
             rows = reader.execute("SELECT body FROM sandbox_rows WHERE kind = 'ratings'").fetchall()
         assert [commit_id in body for (body,) in rows] == [True]
+
+
+def test_two_gates_never_share_a_file(tmp_path: Path) -> None:
+    """The second one is refused while the first lives, and welcome afterwards."""
+    path = str(tmp_path / "gate.sqlite")
+    with Sandbox(state=path), pytest.raises(ConfigurationError, match="in use by another"):
+        Sandbox(state=path)
+    Sandbox(state=path).close()
+
+
+def test_a_file_of_another_version_is_named(tmp_path: Path) -> None:
+    """A row that cannot be read is told as what it is, in one sentence."""
+    path = tmp_path / "gate.sqlite"
+    Sandbox(state=str(path)).close()
+    with sqlite3.connect(path) as other:
+        other.execute("INSERT INTO sandbox_rows (kind, id, body) VALUES ('realms', '[\"x\"]', '{}')")
+    with pytest.raises(ConfigurationError, match="another version") as caught:
+        Sandbox(state=str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_serve_runs_until_it_is_told_to_stop() -> None:
+    """``serve`` calls back when it is ready, prints nothing of its own and ends cleanly on SIGTERM."""
+    code = (
+        "from vluna_llm.sandbox import SandboxConfig, serve\n"
+        "serve(SandboxConfig(), ready=lambda gate: print(gate.base_url, flush=True))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": str(root)},
+    )
+    assert process.stdout is not None
+    try:
+        url = process.stdout.readline().strip()
+        assert httpx.get(url.replace("/mgt/v1", "/health")).json()["data"]["status"] == "healthy"
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (0, "", "")
 
 
 def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:

@@ -279,3 +279,21 @@ def test_labels_and_dates_are_read_like_javascript() -> None:
     assert parse_time("2026-01-02") == 1_767_312_000_000
     assert parse_time("Fri, 02 Jan 2026 00:00:00 GMT") == 1_767_312_000_000
     assert parse_time("yesterday") is None
+
+
+def test_an_estimate_is_judged_by_the_cheapest_meter() -> None:
+    """100 XUSD left, 1200 units, cached input at 1 XUSD: 200 all the same, with what is lacking as hints."""
+    with Sandbox() as gate:
+        gate.set_credit("c1", 100)
+        caller = Caller(gate)
+        body = {"feature_code": FEATURE, "estimated_quantity_minor": "1200"}
+        answer = caller.send("POST", "/gate/authorize", body)
+        assert answer.status_code == 200
+        assert answer.json()["hints"] == [
+            {"type": "funding.xusd_shortfall", "shortfall_xusd": 1100},
+            {
+                "type": "quota.remaining",
+                "max_quantity_minor": 100,
+                "message": "insufficient credits to cover estimated usage",
+            },
+        ]

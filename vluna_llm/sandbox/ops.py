@@ -103,8 +103,9 @@ def _chosen(world: World, caller: Caller, query: Query) -> list[Rating]:
         tests.append(lambda rating: rating.rated_at >= after)
     if before is not None:
         tests.append(lambda rating: rating.rated_at < before)
-    kept = [rating for rating in every if all(test(rating) for test in tests)]
-    return sorted(kept, key=lambda rating: (rating.rated_at, rating.created_at), reverse=True)
+    # Newest first, also among those of one millisecond: the sort keeps the order of equals.
+    kept = [rating for rating in reversed(every) if all(test(rating) for test in tests)]
+    return sorted(kept, key=lambda rating: rating.rated_at, reverse=True)
 
 
 def _page(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from .records import (
     Account,
@@ -81,6 +81,7 @@ class Store:
         self.lock = threading.RLock()
         self._journal: list[tuple[Table[Any], Key, Any]] = []
         self._depth = 0
+        self._lock_file: int | None = None
         self._tables: list[Table[Any]] = []
         self.realms: Table[Realm] = self._table("realms", Realm)
         self.keys: Table[ServiceKey] = self._table("keys", ServiceKey)
@@ -108,31 +109,50 @@ class Store:
 
     def _open(self, path: Path) -> sqlite3.Connection:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        file = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5)
+        self._lock_file = _lock(path)
         try:
-            version = file.execute("PRAGMA user_version").fetchone()[0]
-            names = [row[0] for row in file.execute("SELECT name FROM sqlite_master WHERE type='table'")]
-            if (names and "sandbox_rows" not in names) or version not in (0, _FORMAT):
-                raise ValueError(f"{path} is not a state file of this sandbox; give another path or remove the file")
-            file.execute("PRAGMA journal_mode=WAL")
-            file.execute("PRAGMA synchronous=NORMAL")
-            file.execute(
-                "CREATE TABLE IF NOT EXISTS sandbox_rows "
-                "(seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, id TEXT NOT NULL, body TEXT NOT NULL, UNIQUE (kind, id))"
-            )
-            file.execute(f"PRAGMA user_version={_FORMAT}")
-            tables = {table.name: table for table in self._tables}
-            for kind, ident, body in file.execute("SELECT kind, id, body FROM sandbox_rows ORDER BY seq"):
-                table = tables[kind]
-                table.rows[tuple(json.loads(ident))] = table.adapter.validate_json(body)
-        except sqlite3.DatabaseError as error:
-            file.close()
-            raise ValueError(f"{path} cannot be used as sandbox state: {error}") from error
-        except ValueError:
-            file.close()
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            file = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5)
+        except BaseException:
+            self._unlock()
             raise
+        try:
+            self._load(file, path)
+        except sqlite3.DatabaseError as error:
+            raise self._unusable(file, f"{path} cannot be used as sandbox state: {error}") from error
+        except (ValidationError, KeyError) as error:
+            text = f"{path} was written by another version of this sandbox; remove it or give another path"
+            raise self._unusable(file, text) from error
+        except ValueError as error:
+            raise self._unusable(file, str(error)) from None
         return file
+
+    def _load(self, file: sqlite3.Connection, path: Path) -> None:
+        version = file.execute("PRAGMA user_version").fetchone()[0]
+        names = [row[0] for row in file.execute("SELECT name FROM sqlite_master WHERE type='table'")]
+        if (names and "sandbox_rows" not in names) or version not in (0, _FORMAT):
+            raise ValueError(f"{path} is not a state file of this sandbox; give another path or remove the file")
+        file.execute("PRAGMA journal_mode=WAL")
+        file.execute("PRAGMA synchronous=NORMAL")
+        file.execute(
+            "CREATE TABLE IF NOT EXISTS sandbox_rows "
+            "(seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, id TEXT NOT NULL, body TEXT NOT NULL, UNIQUE (kind, id))"
+        )
+        file.execute(f"PRAGMA user_version={_FORMAT}")
+        tables = {table.name: table for table in self._tables}
+        for kind, ident, body in file.execute("SELECT kind, id, body FROM sandbox_rows ORDER BY seq"):
+            table = tables[kind]
+            table.rows[tuple(json.loads(ident))] = table.adapter.validate_json(body)
+
+    def _unusable(self, file: sqlite3.Connection, text: str) -> ValueError:
+        file.close()
+        self._unlock()
+        return ValueError(text)
+
+    def _unlock(self) -> None:
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -188,3 +208,19 @@ class Store:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+            self._unlock()
+
+
+def _lock(path: Path) -> int | None:
+    """Hold a lock beside the file for life: two gates on one file would each overwrite the other's books."""
+    try:
+        import fcntl
+    except ImportError:  # pragma: no cover - Windows has no such lock; one gate per file is up to the user there
+        return None
+    handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise ValueError(f"{path} is in use by another sandbox gate; stop it or give another path") from None
+    return handle

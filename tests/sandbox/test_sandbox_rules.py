@@ -297,3 +297,18 @@ def test_an_estimate_is_judged_by_the_cheapest_meter() -> None:
                 "message": "insufficient credits to cover estimated usage",
             },
         ]
+
+
+def test_a_top_up_is_booked_once_per_key() -> None:
+    """A 500 after the booking, a restart of the process, the same key again: one top-up, one consumption."""
+    with Sandbox(defaults={"credit_xusd": 0}) as gate:
+        caller = Caller(gate)
+        for path, body, before, after in (
+            ("adjustments", {"delta": "1000", "unit": "xusd", "kind": "credit"}, 500, 1000),
+            ("consume", {"amount": "600", "unit": "xusd"}, 500, 400),
+        ):
+            gate.faults.add("error_after", path)
+            assert caller.send("POST", f"/wallet/{path}", body, key="k").status_code == before
+            gate.restart()
+            assert caller.send("POST", f"/wallet/{path}", body, key="k").json()["data"]["balance"] == str(after)
+        assert gate.spendable("c1") == 400

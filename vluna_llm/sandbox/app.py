@@ -406,10 +406,10 @@ def _routes(world: World) -> dict[tuple[str, str], RouteSpec]:
     post = {
         "/token/issue": RouteSpec("token", _token, False),
         "/wallet/adjustments": RouteSpec(
-            "adjustments", lambda w, c: Outcome(wallet.adjust(w, *c.caller.pair(), c.body)), status=201
+            "adjustments", lambda w, c: Outcome(wallet.adjust(w, *c.caller.pair(), c.key, c.body)), status=201
         ),
         "/wallet/consume": RouteSpec(
-            "consume", lambda w, c: Outcome(wallet.consume(w, *c.caller.pair(), c.body)), status=201
+            "consume", lambda w, c: Outcome(wallet.consume(w, *c.caller.pair(), c.key, c.body)), status=201
         ),
         "/budgets": RouteSpec(
             "budgets", lambda w, c: Outcome(budgets.create_from_request(w, c.caller.pair()[0], c.body)), status=201

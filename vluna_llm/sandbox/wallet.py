@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from .fields import amounts, iso
-from .problems import Refusal, invalid
-from .records import Account, Grant, Purse, User
+from .problems import Refusal, conflict, invalid
+from .records import Account, Booking, Grant, Purse, User
 from .world import World
 
 _INTEGER = re.compile(r"[+-]?\d+\Z")
@@ -45,22 +45,31 @@ def balance(world: World, account: Account, user: User) -> dict[str, Any]:
     }
 
 
-def adjust(world: World, account: Account, user: User, body: Any) -> dict[str, Any]:
-    """Top up (or, with a negative delta or kind debit, take away). Answers the ledger balance."""
+def adjust(world: World, account: Account, user: User, key: str, body: Any) -> dict[str, Any]:
+    """Top up (or, with a negative delta or kind debit, take away), once per key. Answers the ledger balance."""
     body = body if isinstance(body, dict) else {}
     delta = _integer(body.get("delta"), "delta")
     if body.get("kind") == "debit":
         delta = -abs(delta)
-    purse = world.top_up(user, delta)
-    return _ledger(account, user, purse)
+    scope = (account.realm_id, user.billing_user_id, "adjust", key)
+    known = _known(world, scope, str(delta))
+    if known is not None:
+        return known
+    data = _ledger(account, user, world.top_up(user, delta))
+    world.store.bookings.put(*scope, Booking(str(delta), "", data))
+    return data
 
 
-def consume(world: World, account: Account, user: User, body: Any) -> dict[str, Any]:
-    """Take credit without a rating. Raises 402 where the ledger does not hold it."""
+def consume(world: World, account: Account, user: User, key: str, body: Any) -> dict[str, Any]:
+    """Take credit without a rating, once per key. Raises 402 where the ledger does not hold it."""
     body = body if isinstance(body, dict) else {}
     amount = _integer(body.get("amount"), "amount")
     if amount <= 0:
         raise invalid("amount must be greater than 0")
+    scope = (account.realm_id, user.billing_user_id, "consume", key)
+    known = _known(world, scope, str(amount))
+    if known is not None:
+        return {**known, "replay": True}
     purse = world.purse(user.billing_user_id)
     if amount > purse.ledger_xusd:
         raise Refusal(402, "SERVER.CONFIG", "insufficient balance")
@@ -72,7 +81,17 @@ def consume(world: World, account: Account, user: User, body: Any) -> dict[str, 
         grants.append(replace(grant, posted_xusd=grant.posted_xusd + part) if part else grant)
     purse = Purse(purse.ledger_xusd - amount, tuple(grants))
     world.store.purses.put(user.billing_user_id, purse)
-    return {**_ledger(account, user, purse), "replay": False}
+    data = {**_ledger(account, user, purse), "replay": False}
+    world.store.bookings.put(*scope, Booking(str(amount), "", data))
+    return data
+
+
+def _known(world: World, scope: tuple[str, ...], fingerprint: str) -> dict[str, Any] | None:
+    """What this key already did. Raises 409 where it did something else."""
+    booking = world.store.bookings.get(*scope)
+    if booking is not None and booking.fingerprint != fingerprint:
+        raise conflict()
+    return None if booking is None else booking.data
 
 
 def _ledger(account: Account, user: User, purse: Purse) -> dict[str, Any]:

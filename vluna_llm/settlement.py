@@ -127,7 +127,7 @@ def judge_commit(result: CommitResult, row: Row) -> Verdict:
     Under a derived key a closed lease means that another run of the same job was charged: already settled (rule 17).
     """
     if not result.parsed:
-        return Verdict("done", "booked", "the gate answered 2xx with a body that could not be read")
+        return _unreadable(row, "booked")
     if not result.quarantined:
         return Verdict("done", "booked")
     kinds = {hint.type for hint in result.hints if hint.means_not_charged}
@@ -142,11 +142,17 @@ def judge_commit(result: CommitResult, row: Row) -> Verdict:
     return Verdict("repair", detail=f"{why}: nothing was charged")
 
 
-def judge_ingest(result: CommitResult, *, repaired: bool) -> Verdict:
+def _unreadable(row: Row, state: ReceiptState) -> Verdict:
+    """A 2xx that cannot be read is an answer (rule 7); asking again under the same key may give it readably."""
+    detail = "the gate answered 2xx with a body that could not be read"
+    return Verdict("retry", detail=detail) if row.attempts < _READ_AGAIN else Verdict("done", state, detail)
+
+
+def judge_ingest(result: CommitResult, row: Row, *, repaired: bool) -> Verdict:
     """An ingest is never quarantined, but a line without a price is booked as 0 without any hint (contract 7.8)."""
     booked: ReceiptState = "rebooked" if repaired else "booked"
     if not result.parsed:
-        return Verdict("done", booked, "the gate answered 2xx with a body that could not be read")
+        return _unreadable(row, booked)
     if result.unpriced_lines:
         codes = ", ".join(sorted(line.meter_code or "?" for line in result.unpriced_lines))
         if len(result.unpriced_lines) == len(result.lines):
@@ -184,6 +190,7 @@ def judge_error(error: GateError, row: Row) -> Verdict:
     return Verdict("retry_slowly", detail=str(error))
 
 
+_READ_AGAIN = 2
 _LEASE_UNKNOWN = frozenset({"lease not found", "invalid lease token", "invalid lease token format"})
 
 

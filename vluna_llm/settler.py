@@ -277,7 +277,9 @@ class Settler:
             return self._after(row, judge_cancel(result), None)
         if row.state.route == "commit":
             return self._after(row, judge_commit(result, row), result)
-        return self._after(row, judge_ingest(result, repaired=row.last_error is not None and _was_repair(row)), result)
+        return self._after(
+            row, judge_ingest(result, row, repaired=row.last_error is not None and _was_repair(row)), result
+        )
 
     def _ready_to_send(self, row: Row) -> Row | None:
         """The row with its bytes composed and stored and its state ``sent``; None where nothing is to be sent now.

@@ -51,15 +51,25 @@ def test_an_unknown_outcome_is_retried_under_the_same_key_with_the_same_bytes(
     assert len(sent) >= times
 
 
-def test_an_answer_that_cannot_be_read_is_an_answer(vluna: Vluna, gate: Sandbox) -> None:
+def test_an_answer_that_cannot_be_read_is_asked_for_again_under_the_same_key(vluna: Vluna, gate: Sandbox) -> None:
     gate.faults.add("garbage", "commits", body="<html>ok</html>")
     operation = complete(vluna)
     assert vluna.flush(10)
     assert charged(gate) == [120]
     receipt = operation.wait(0)
     assert receipt is not None
-    assert receipt.charged_xusd is None
-    assert sum(request.route == "commits" for request in gate.requests) == 1
+    assert receipt.charged_xusd == gate.booked("ann").charged_xusd
+
+
+def test_an_answer_that_can_never_be_read_is_an_answer_all_the_same(vluna: Vluna, gate: Sandbox) -> None:
+    gate.faults.add("garbage", "commits", times=None, body="<html>ok</html>")
+    operation = complete(vluna)
+    assert vluna.flush(10)
+    assert charged(gate) == [120]
+    receipt = operation.wait(0)
+    assert receipt is not None
+    assert (receipt.state, receipt.charged_xusd) == ("booked", None)
+    assert len({r.idempotency_key for r in gate.requests if r.route == "commits"}) == 1
 
 
 def test_a_commit_after_the_grace_is_repaired_by_ingest(vluna: Vluna, gate: Sandbox) -> None:

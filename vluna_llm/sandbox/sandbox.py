@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from ..errors import ConfigurationError
 from . import budgets, catalogue
-from .app import BASE, GateApp, Received
+from .app import GateApp, Received
 from .booked import Booked
 from .clock import Clock
-from .config import LimitConfig, SandboxConfig, make_config, window_seconds
+from .config import SandboxConfig, make_config, window_seconds
 from .faults import Faults
+from .furnish import ensure_meter, furnish, script
 from .money import ResidualMode, Rounding
-from .records import Account, BillingMode, Lease, Meter, Policy, Realm, ServiceKey, User
+from .records import Account, BillingMode, Lease, Meter, Policy, User
+from .routes import BASE
 from .server import Listener
 from .store import Store
 from .world import World
@@ -59,11 +59,10 @@ class Sandbox:
         try:
             self._store = Store(None if self.config.state == "memory" else Path(self.config.state))
         except (ValueError, OSError) as error:
-            from ..errors import ConfigurationError
-
             raise ConfigurationError(f"Setting 'state' is wrong: {error}.") from error
         self._world = World(self._store, self.config.options(), self.clock)
-        self._key = self._furnish()
+        self._key = furnish(self._world, self.config)
+        script(self.faults, self.config)
         self.app = GateApp(self._world, self.faults)
         self._listener = Listener(self.app, host, port)
 
@@ -200,7 +199,7 @@ class Sandbox:
         feature with the meter's own name.
         """
         with self._store.transaction():
-            self._ensure_meter(meter_code, feature or meter_code.partition(".tokens.")[0])
+            ensure_meter(self._world, self.realm_id, meter_code, feature)
             self._store.meters.put(self.realm_id, meter_code, Meter(meter_code, residual=residual))
             catalogue.save_price(
                 self._world,
@@ -215,7 +214,7 @@ class Sandbox:
     def unprice(self, meter_code: str) -> None:
         """Take the price of a meter away."""
         with self._store.transaction():
-            self._ensure_meter(meter_code, meter_code.partition(".tokens.")[0])
+            ensure_meter(self._world, self.realm_id, meter_code)
             self._store.prices.delete(self.realm_id, meter_code)
 
     def feature(
@@ -317,118 +316,6 @@ class Sandbox:
             self._store.users.put(user.account_id, user.user_id, replace(user, active=active))
 
     # -- inside --------------------------------------------------------------------------------------------------
-
-    def _furnish(self) -> ServiceKey:
-        """Bring the store to what the configuration says, without disturbing what it already knows."""
-        config, store, realm_id = self.config, self._store, self.config.realm_id
-        with store.transaction():
-            policies = [limit.policy(kind) for kind, limit in self._limits() if limit.principal is None]
-            store.realms.put(realm_id, Realm(realm_id, policies=(Policy("quota", -1), *policies)))
-            key = self._service_key()
-            for code, feature in config.features.items():
-                self._configure_feature(code, feature.meters, feature.outcome_meters)
-                record = replace(
-                    store.features.rows[(realm_id, code)],
-                    family=feature.family,
-                    active=feature.active,
-                    entitlement=feature.entitlement,
-                )
-                store.features.put(realm_id, code, record)
-            for meter, price in config.prices.items():
-                self._ensure_meter(meter, meter.partition(".tokens.")[0])
-                if price.residual != "none":
-                    store.meters.put(realm_id, meter, Meter(meter, residual=price.residual))
-                known = catalogue.list_price(self._world, realm_id, meter)
-                wanted = (
-                    price.unit_price_xusd,
-                    price.unit_quantity,
-                    price.rounding,
-                    price.unit_cost_xusd,
-                    price.cost_unit_quantity or price.unit_quantity,
-                    price.cost_rounding or price.rounding,
-                )
-                # Saving a price anew would forget the carried remainders, so an unchanged one is left alone.
-                if known is None or wanted != (
-                    known.unit_price_xusd,
-                    known.unit_quantity,
-                    known.rounding,
-                    known.unit_cost_xusd,
-                    known.cost_unit_quantity,
-                    known.cost_rounding,
-                ):
-                    catalogue.save_price(
-                        self._world,
-                        realm_id,
-                        meter,
-                        price.unit_price_xusd,
-                        unit_quantity=price.unit_quantity,
-                        rounding=price.rounding,
-                        unit_cost_xusd=price.unit_cost_xusd,
-                        cost_unit_quantity=price.cost_unit_quantity,
-                        cost_rounding=price.cost_rounding,
-                    )
-            for principal_id, xusd in config.credit.items():
-                if self._world.account_of(realm_id, principal_id) is None:
-                    user = self._user(principal_id, None)
-                    self._world.top_up(user, xusd - self._world.purse(user.billing_user_id).spendable_xusd)
-            own: dict[str, list[Policy]] = {}
-            for kind, limit in self._limits():
-                if limit.principal is not None:
-                    own.setdefault(limit.principal, []).append(limit.policy(kind))
-            for principal_id, extra in own.items():
-                account = self._account(principal_id)
-                store.accounts.put(realm_id, principal_id, replace(account, extra_policies=tuple(extra)))
-        for fault in config.faults:
-            self.faults.add(
-                fault.kind,
-                fault.route,
-                times=fault.times or None,
-                skip=fault.skip,
-                principal_id=fault.principal,
-                seconds=fault.seconds,
-                status=fault.status,
-                body=fault.body,
-            )
-        return key
-
-    def _limits(self) -> list[tuple[Literal["quota", "rate"], LimitConfig]]:
-        quotas: list[tuple[Literal["quota", "rate"], LimitConfig]] = [("quota", limit) for limit in self.config.quotas]
-        return [*quotas, *(("rate", limit) for limit in self.config.rates)]
-
-    def _service_key(self) -> ServiceKey:
-        config = self.config
-        if config.key_id is not None and config.key_secret is not None:
-            key = ServiceKey(config.key_id, config.key_secret, config.realm_id)
-        else:
-            known = [
-                k for k in self._store.keys.rows.values() if k.realm_id == config.realm_id and k.status == "active"
-            ]
-            if known:
-                return known[0]
-            secret = base64.b64encode(os.urandom(32)).decode()
-            key = ServiceKey(f"pk-{secrets.token_urlsafe(12)}", secret, config.realm_id)
-        self._store.keys.put(key.key_id, key)
-        return key
-
-    def _configure_feature(self, code: str, meters: tuple[str, ...], outcome: tuple[str, ...]) -> None:
-        found = catalogue.find_feature(self._world, self.realm_id, code)
-        if found is None:
-            found = catalogue.register_feature(self._world, self.realm_id, code, None)
-        for meter in meters:
-            if self._store.meters.get(self.realm_id, meter) is None:
-                self._store.meters.put(self.realm_id, meter, Meter(meter))
-        for meter in outcome:
-            self._store.meters.put(self.realm_id, meter, Meter(meter, "outcome"))
-        every = tuple(dict.fromkeys((*found.meters, *meters, *outcome)))
-        self._store.features.put(self.realm_id, code, replace(found, meters=every))
-
-    def _ensure_meter(self, meter: str, feature: str) -> None:
-        if self._store.meters.get(self.realm_id, meter) is not None:
-            return
-        if catalogue.find_feature(self._world, self.realm_id, feature) is None:
-            catalogue.register_feature(self._world, self.realm_id, feature, None)
-        if self._store.meters.get(self.realm_id, meter) is None:
-            self._configure_feature(feature, (meter,), ())
 
     def _policy(self, policy: Policy, principal_id: str | None) -> None:
         with self._store.transaction():

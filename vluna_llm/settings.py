@@ -133,7 +133,7 @@ class Settings(BaseSettings):
         if self.outbox:
             return Path(self.outbox).expanduser()
         scope = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{re.sub(r'^https?://', '', self.base_url or '')}-{self.realm_id}")
-        return _state_directory() / "vluna-llm" / scope.strip("-")[:150]
+        return journal_root() / scope.strip("-")[:150]
 
     def load_features(self) -> dict[str, Any]:
         """The parsed features file; empty where none is set.
@@ -157,6 +157,11 @@ class Settings(BaseSettings):
         if not isinstance(parsed, dict):
             raise ConfigurationError(f"VLUNA_LLM_FEATURES: {self.features} must hold an object at its top.")
         return parsed
+
+
+def journal_root() -> Path:
+    """Where this user's journals are by default: one directory for each gate and realm."""
+    return _state_directory() / "vluna-llm"
 
 
 def _given(value: str | SecretStr | None) -> bool:

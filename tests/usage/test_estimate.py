@@ -237,6 +237,16 @@ def test_images_are_estimated_by_size_quality_and_number() -> None:
     assert guess({"prompt": "a cat", "size": "1024x1536", "quality": "medium", "n": 2}, "images").output_tokens == 3168
 
 
+@pytest.mark.parametrize(
+    ("short", "full"),
+    [("chat", "chat.completions"), ("images", "images.generations"), ("images", "images/edits"), ("audio", "audio.x")],
+)
+def test_an_api_is_known_by_its_first_word(short: str, full: str) -> None:
+    """``images.generations`` is measured as images, with images' output."""
+    body = {"model": "m", "prompt": "a cat", "size": "1024x1024", "quality": "low"}
+    assert guess(body, full) == guess(body, short)
+
+
 def test_an_update_with_foreign_numbers_is_ignored() -> None:
     """An estimate that was not ours, or usage without tokens, teaches nothing and breaks nothing."""
     estimator = Estimator()

@@ -91,8 +91,8 @@ class Estimator:
         Args:
             feature_code: whose past to use.
             body: the decoded request; None where it is not known (multipart).
-            kind: ``chat``, ``responses``, ``completions``, ``embeddings``, ``images``, ``audio``, ``messages``; a name
-                that is not known is measured as chat.
+            kind: ``chat``, ``responses``, ``completions``, ``embeddings``, ``images``, ``audio``, ``messages``, alone
+                or followed by the rest of the API's name (``chat.completions``); one that is not known is as chat.
         """
         measures = measure_request(body, kind)
         return _guess(measures, self._past.get(feature_code))

@@ -109,7 +109,12 @@ class _Count:
 
 
 def measure_request(body: Mapping[str, Any] | None, kind: str) -> Measures:
-    """Count what a request asks for. Never raises: what is odd counts little."""
+    """Count what a request asks for. Never raises: what is odd counts little.
+
+    ``kind`` is an API as `Estimator.predict` lists them; what follows a ``.`` or ``/`` (``images.generations``) says
+    nothing more here.
+    """
+    kind = kind.replace("/", ".").partition(".")[0]
     try:
         if not isinstance(body, Mapping):
             return Measures((_BASE_TOKENS, 20.0, 0.0, 0.0, 0.0, 0.0))

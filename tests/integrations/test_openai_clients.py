@@ -220,13 +220,10 @@ def test_a_method_set_on_the_instance_does_not_lead_past_the_gate(
     bare.close()
 
 
-def test_pickling_and_deep_copying_fail_loudly(colour: Colour, vluna: Vluna) -> None:
+def test_pickling_fails_loudly(colour: Colour, vluna: Vluna) -> None:
     """A client holds locks and sockets and cannot travel; a metered one does not arrive somewhere unmetered either."""
-    wrapped = vluna.wrap(colour.bare())
     with pytest.raises((TypeError, pickle.PicklingError)):
-        pickle.dumps(wrapped)
-    with pytest.raises(TypeError):
-        copy.deepcopy(wrapped)
+        pickle.dumps(vluna.wrap(colour.bare()))
 
 
 def test_a_shallow_copy_is_metered(colour: Colour, vluna: Vluna, shared_gate: Sandbox, customer: str) -> None:

@@ -226,6 +226,8 @@ def test_a_fault_of_ours_does_not_reach_the_product(
 ) -> None:
     """Whatever of ours raises, the product's call goes on as if we were not there (promise 1)."""
     vluna = make_vluna(settle="inline")
+    monkeypatch.setattr("vluna_llm.tap.INLINE_SECONDS", 0.1)
+    monkeypatch.setattr("vluna_llm.integrations.openai.INLINE_SECONDS", 0.1)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a fault of ours")

@@ -69,7 +69,7 @@ programs = pytest.mark.parametrize(
 
 @programs
 def test_a_customer_without_credit_is_refused_before_the_provider(
-    program: Any, colour: Colour, make_vluna: MakeVluna, gate: Sandbox, provider: Provider
+    program: Any, colour: Colour, gate: Sandbox, make_vluna: MakeVluna, provider: Provider
 ) -> None:
     """`GateDenied` itself reaches the product: not wrapped, not retried, with its reason and hints."""
     gate.set_credit("broke", 0)
@@ -83,7 +83,7 @@ def test_a_customer_without_credit_is_refused_before_the_provider(
 
 
 def test_a_rate_limited_customer_is_told_when_to_come_back(
-    colour: Colour, make_vluna: MakeVluna, gate: Sandbox, provider: Provider
+    colour: Colour, gate: Sandbox, make_vluna: MakeVluna, provider: Provider
 ) -> None:
     """429 of the gate is not the provider's 429: the SDK does not retry it."""
     gate.faults.add("rate_limited", "authorize", seconds=7, times=None)
@@ -100,7 +100,7 @@ def test_nobody_to_bill_is_said_before_anything_is_spent(colour: Colour, vluna: 
     assert provider.requests == []
 
 
-def test_observe_never_refuses(colour: Colour, make_vluna: MakeVluna, gate: Sandbox, provider: Provider) -> None:
+def test_observe_never_refuses(colour: Colour, gate: Sandbox, make_vluna: MakeVluna, provider: Provider) -> None:
     """``mode="observe"`` asks and books, and lets a customer without credit through."""
     gate.set_credit("broke", 0)
     vluna = make_vluna(gate, mode="observe")
@@ -108,7 +108,7 @@ def test_observe_never_refuses(colour: Colour, make_vluna: MakeVluna, gate: Sand
     assert len(provider.requests) == 1
 
 
-def test_no_gate_no_harm(colour: Colour, make_vluna: MakeVluna, gate: Sandbox, provider: Provider) -> None:
+def test_no_gate_no_harm(colour: Colour, gate: Sandbox, make_vluna: MakeVluna, provider: Provider) -> None:
     """With the gate away the call runs, and is booked by ingest when it is back (design rule 9)."""
     vluna = make_vluna(gate, authorize_deadline=0.5)
     gate.stop()
@@ -118,7 +118,7 @@ def test_no_gate_no_harm(colour: Colour, make_vluna: MakeVluna, gate: Sandbox, p
     assert [(entry.kind, entry.quantity) for entry in gate.booked("alice").entries] == [("ingest", 120)]
 
 
-def test_no_gate_no_call_on_request(colour: Colour, make_vluna: MakeVluna, gate: Sandbox, provider: Provider) -> None:
+def test_no_gate_no_call_on_request(colour: Colour, gate: Sandbox, make_vluna: MakeVluna, provider: Provider) -> None:
     """``on_gate_unavailable="deny"``."""
     vluna = make_vluna(gate, authorize_deadline=0.5, on_gate_unavailable="deny")
     gate.stop()
@@ -255,7 +255,7 @@ def test_retrieving_an_ordinary_response_books_nothing(
 
 @programs
 def test_overlap_books_as_strict_does(
-    program: Any, colour: Colour, make_vluna: MakeVluna, gate: Sandbox, provider: Provider
+    program: Any, colour: Colour, gate: Sandbox, make_vluna: MakeVluna, provider: Provider
 ) -> None:
     """One lease, one commit."""
     vluna = make_vluna(gate, authorize="overlap")
@@ -267,7 +267,7 @@ def test_overlap_books_as_strict_does(
 
 @programs
 def test_overlap_hands_nothing_out_before_the_lease(
-    program: Any, colour: Colour, make_vluna: MakeVluna, gate: Sandbox, provider: Provider
+    program: Any, colour: Colour, gate: Sandbox, make_vluna: MakeVluna, provider: Provider
 ) -> None:
     """The provider is asked at once; a denial that comes later still reaches the product, and no answer does."""
     gate.set_credit("broke", 0)
@@ -280,7 +280,7 @@ def test_overlap_hands_nothing_out_before_the_lease(
 
 
 def test_overlap_costs_no_time_while_the_gate_is_faster(
-    colour: Colour, make_vluna: MakeVluna, gate: Sandbox, provider: Provider
+    colour: Colour, gate: Sandbox, make_vluna: MakeVluna, provider: Provider
 ) -> None:
     """The two waits lie over each other."""
     gate.faults.add("latency", "authorize", seconds=0.4, times=None)
@@ -300,7 +300,7 @@ def test_overlap_costs_no_time_while_the_gate_is_faster(
 
 @pytest.mark.parametrize("behaviour", ["bad", "down"])
 def test_overlap_gives_the_lease_back_when_the_provider_fails_first(
-    behaviour: str, colour: Colour, make_vluna: MakeVluna, gate: Sandbox, provider: Provider
+    behaviour: str, colour: Colour, gate: Sandbox, make_vluna: MakeVluna, provider: Provider
 ) -> None:
     """The lease comes after the failure and is cancelled then."""
     gate.faults.add("latency", "authorize", seconds=0.2, times=None)
@@ -319,7 +319,7 @@ def test_overlap_gives_the_lease_back_when_the_provider_fails_first(
     assert [lease.state for lease in gate.leases("alice")] == ["canceled"]
 
 
-def test_overlap_cancelled_while_the_gate_is_asked(make_vluna: MakeVluna, gate: Sandbox, provider: Provider) -> None:
+def test_overlap_cancelled_while_the_gate_is_asked(gate: Sandbox, make_vluna: MakeVluna, provider: Provider) -> None:
     """The caller goes away with the answer there and the lease not: it is given back when it comes."""
     gate.faults.add("latency", "authorize", seconds=0.5, times=None)
     vluna = make_vluna(gate, authorize="overlap")

@@ -8,8 +8,9 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,6 +31,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+class DialectName(str, Enum):
+    """What the embedded gate can speak; an Enum, since not every version of typer knows literals."""
+
+    lease_token = "lease_token"  # noqa: S105 - the name of a dialect
+    lease = "lease"
 
 
 def run() -> None:
@@ -98,16 +106,17 @@ def sandbox(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 for a free one.", min=0, max=65535)] = SANDBOX_PORT,
     config: Annotated[Path | None, typer.Option(help="TOML file with prices, limits, credit, faults.")] = None,
     state: Annotated[Path | None, typer.Option(help="SQLite file that keeps the books; default: memory.")] = None,
-    dialect: Annotated[
-        Literal["lease_token", "lease"] | None, typer.Option(help="What the gate speaks; default lease_token.")
-    ] = None,
+    dialect: Annotated[DialectName | None, typer.Option(help="What the gate speaks; default lease_token.")] = None,
 ) -> None:
     """Serve the embedded gate on this machine, for development. Stop it with Ctrl-C."""
     with _extra("sandbox"):
         from ..sandbox.config import make_config
         from ..sandbox.server import serve
 
-        overrides = {"state": None if state is None else str(state), "dialect": dialect}
+        overrides = {
+            "state": None if state is None else str(state),
+            "dialect": None if dialect is None else dialect.value,
+        }
         chosen = make_config(config, **{name: value for name, value in overrides.items() if value is not None})
 
         def tell(gate: Sandbox) -> None:

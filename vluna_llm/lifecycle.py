@@ -221,6 +221,14 @@ class Operation:
                 span=span_of(row),
                 message="the answer brought no usage; an estimate is billed, labelled usage_source=estimated",
             )
+        elif verdict.usage is not None and verdict.usage.costs_without_tokens:
+            runtime.telemetry.emit(
+                "vluna.endpoint.unmetered",
+                "warn",
+                {**attributes_of(row), "vluna.audio_seconds": verdict.usage.audio_seconds},
+                span=span_of(row),
+                message="the provider charged for this call and reported no tokens: nobody is billed for it",
+            )
         elif verdict.work != "completed":
             runtime.count_forgone(row.principal_id, verdict.forgone_tokens)
             runtime.telemetry.emit(

@@ -231,6 +231,19 @@ def test_zero_usage_is_cancelled_and_never_committed(vluna: Vluna, gate: Sandbox
     assert [lease.state for lease in gate.leases("ann")] == ["canceled"]
 
 
+@pytest.mark.parametrize("usage", [TokenUsage(audio_seconds=9.5), TokenUsage(raw={"cost_in_usd_ticks": 200})])
+def test_a_cost_without_tokens_is_told_and_never_passes_silently(
+    vluna: Vluna, gate: Sandbox, usage: TokenUsage
+) -> None:
+    with call_context(principal_id="ann"):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    operation.finish(Ending("complete", usage=usage, finished=True))
+    assert vluna.flush(5)
+    assert gate.booked("ann").entries == ()
+    assert vluna.telemetry.counts["vluna.endpoint.unmetered"] == 1
+
+
 def test_an_answer_without_usage_is_estimated_and_labelled(vluna: Vluna, gate: Sandbox) -> None:
     with call_context(principal_id="ann"):
         operation = vluna.begin(CALL)

@@ -215,6 +215,15 @@ def test_usage_that_follows_a_cancel_is_booked_by_ingest(vluna: Vluna, gate: San
     assert [(entry.kind, entry.charged_xusd > 0) for entry in entries] == [("ingest", True)]
 
 
+def test_usage_that_turns_up_while_a_delivery_is_being_closed_is_not_overlooked(vluna: Vluna, gate: Sandbox) -> None:
+    """The settler still counts the operation as its own at that moment: it has to look at it once more."""
+    operation = begin(vluna)
+    operation._watch.call_when_closed(lambda: operation.finish(USED))
+    operation.fail()
+    assert vluna.flush(10)
+    assert charged(gate) == [120]
+
+
 def test_the_other_dialect_never_cancels(make_vluna: Callable[..., Vluna]) -> None:
     with Sandbox(dialect="lease") as gate:
         vluna = Vluna(

@@ -45,6 +45,16 @@ class TokenUsage:
         """Input plus output tokens."""
         return self.input_tokens + self.output_tokens
 
+    @property
+    def costs_without_tokens(self) -> bool:
+        """Whether the provider charged for something that is no token here: audio by the second, a cost alone."""
+        if self.total_tokens:
+            return False
+        costs = (
+            value for name, value in (self.raw or {}).items() if "cost" in name and isinstance(value, (int, float))
+        )
+        return bool(self.audio_seconds) or any(costs)
+
     def __add__(self, other: object) -> TokenUsage:
         """The sum of two calls; ``raw`` and ``contradiction`` are not carried."""
         if not isinstance(other, TokenUsage):

@@ -335,13 +335,12 @@ def left_behind(gate: Sandbox, make_vluna: Callable[..., Vluna], tmp_path: Path)
         op.record(quantity=2)
     assert scope.wait(5)
     gate.set_credit("broke", 0)
-    with call_context(principal_id="broke"), pytest.raises(GateDenied):
-        with vluna.operation(feature_code="tools.search", estimate=1):
-            pass
-    with call_context(principal_id="globex", labels={"k": "v"}):
-        with vluna.operation(feature_code="tools.search", estimate=1) as op:
-            gate.stop()
-            op.record(quantity=7)
+    denied = vluna.operation(feature_code="tools.search", estimate=1)
+    with call_context(principal_id="broke"), pytest.raises(GateDenied), denied:
+        pass
+    with call_context(principal_id="globex"), vluna.operation(feature_code="tools.search", estimate=1) as op:
+        gate.stop()
+        op.record(quantity=7)
     vluna.close(timeout=0.0)
     return directory
 

@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any, Literal, Protocol
 
@@ -180,7 +180,7 @@ class _Tap:
     _inner: Any
     _watch: Watch
 
-    def __init__(self, inner: Any, watch: Watch, decoder: _Decoder | None, *, rewrite: bool, wire: Any) -> None:
+    def __init__(self, inner: Any, watch: Watch, decoder: _Decoder | None, *, rewrite: bool, wire: _Wire) -> None:
         self._inner = inner
         self._watch = watch
         self._decoder = decoder
@@ -299,7 +299,7 @@ class _SyncTap(_Tap):
         source: Iterator[bytes] = self._source if self._source is not None else iter(self._inner)
         deadline = time.monotonic() + seconds
         try:
-            with _Cut(self._wire, seconds):
+            with self._wire.cut_after(seconds):
                 for _ in range(pieces):
                     data = next(source, None)
                     if data is None:
@@ -436,9 +436,7 @@ def tap(
     if decoder is not None and rewrite:
         decoder.take_over(response)
     kind = _stream_class(_http_module(response), is_async)
-    response.stream = kind(
-        response.stream, watch, decoder, rewrite=rewrite, wire=response.extensions.get("network_stream")
-    )
+    response.stream = kind(response.stream, watch, decoder, rewrite=rewrite, wire=_Wire(response))
 
 
 def _http_module(response: object) -> str:
@@ -508,35 +506,45 @@ def _same(data: bytes) -> bytes:
     return data
 
 
-class _Cut:
-    """Ends a blocking read after some seconds, by shutting the connection down: no time-out reaches a read under way.
+class _Wire:
+    """Bounds what is still read from a connection, in the sync colour: no time-out reaches a read that is under way.
 
-    Only for HTTP/1.1, where the connection carries this answer alone; elsewhere the client's own time-out holds.
+    HTTP/1.1: the connection carries this answer alone and is shut down when the time is over. HTTP/2: it carries other
+    answers too, and each read asks for its time-out anew. Where neither is to be had (a transport of somebody's own),
+    the client's own time-out holds.
     """
 
-    def __init__(self, wire: Any, seconds: float) -> None:
-        self._timer = threading.Timer(seconds, self._shut)
-        self._timer.daemon = True
-        self._wire = wire
-        self._armed = False
+    __slots__ = ("_stream", "_timeouts")
 
-    def __enter__(self) -> None:
-        sock = self._socket()
-        if sock is not None:
-            with suppress(RuntimeError):
-                self._timer.start()
-                self._armed = True
+    def __init__(self, response: Any) -> None:
+        self._stream = response.extensions.get("network_stream")
+        self._timeouts = response.request.extensions.get("timeout")
 
-    def __exit__(self, *exc: object) -> None:
-        if self._armed:
-            self._timer.cancel()
+    @contextmanager
+    def cut_after(self, seconds: float) -> Generator[None, None, None]:
+        """End whatever is being read after so many seconds."""
+        if isinstance(self._timeouts, dict):
+            self._timeouts["read"] = seconds
+        timer: threading.Timer | None = None
+        if self._socket() is not None:
+            timer = threading.Timer(seconds, self._shut)
+            timer.daemon = True
+            try:
+                timer.start()
+            except RuntimeError:  # no new thread can be started while the interpreter exits
+                timer = None
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def _socket(self) -> socket.socket | None:
         try:
-            tls = self._wire.get_extra_info("ssl_object")
+            tls = self._stream.get_extra_info("ssl_object")
             if tls is not None and tls.selected_alpn_protocol() == "h2":
                 return None
-            found = self._wire.get_extra_info("socket")
+            found = self._stream.get_extra_info("socket")
         except Exception:
             return None
         return found if isinstance(found, socket.socket) else None

@@ -315,6 +315,24 @@ def test_json_instead_of_a_stream_is_booked(colour: Colour, vluna: Vluna, provid
     bill.booked_once()
 
 
+def test_a_stream_that_a_hook_has_read_already(colour: Colour, vluna: Vluna, provider: Provider, billed: Any) -> None:
+    """A logging hook of the HTTP client reads every answer: the chunk that nobody asked for is still left out."""
+    http = __import__(type(openai.OpenAI(api_key="sk")._client).__mro__[2].__module__.partition(".")[0])
+
+    async def read_async(response: Any) -> None:
+        await response.aread()
+
+    hooks = {"response": [read_async if colour.is_async else lambda response: response.read()]}
+    client = (http.AsyncClient if colour.is_async else http.Client)(event_hooks=hooks)
+
+    async def program(client: Any) -> None:
+        chunks = [chunk async for chunk in each(await _open(client))]
+        assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "stop"
+
+    bill: Bill = billed(vluna, lambda: colour.run(program, vluna.wrap(colour.bare(http_client=client))))
+    bill.booked_once()
+
+
 def test_a_stream_without_usage_is_estimated(colour: Colour, vluna: Vluna, provider: Provider, billed: Any) -> None:
     """No usage is not no work (design rule 5)."""
     provider.behaviour = "no_usage"

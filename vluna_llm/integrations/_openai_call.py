@@ -66,6 +66,28 @@ class Call:
         self.pending: Any = None  # an authorize under way (authorize="overlap")
         self.answered: Literal["no", "whole", "open"] = "no"
 
+    # -- admission ---------------------------------------------------------------------------------------------------
+
+    def begin(self) -> Operation | None:
+        """Ask the gate; None where the call is not metered. Only refusals are raised."""
+        try:
+            return self.vluna.begin(self.model_call, self.bound)
+        except VlunaError:
+            raise
+        except Exception:
+            self.vluna.internal_error("openai.begin")
+            return None
+
+    async def abegin(self) -> Operation | None:
+        """`begin` for coroutines."""
+        try:
+            return await self.vluna.abegin(self.model_call, self.bound)
+        except VlunaError:
+            raise
+        except Exception:
+            self.vluna.internal_error("openai.begin")
+            return None
+
     # -- the request -------------------------------------------------------------------------------------------------
 
     def asking(self, options: Any) -> Any:
@@ -146,6 +168,9 @@ class Call:
     def _whole(self, response: Any) -> None:
         body = response.content
         content_type = response.headers.get("content-type")
+        if self.asks_usage:
+            # A stream that somebody has read already: a logging hook of the HTTP client, or a recorded answer.
+            response._content = _without_usage_chunk(self.url, content_type, body)
         facts = read_body(self.url, content_type, body)
         if self.retrieve:
             if facts.usage is not None and facts.status in _ENDED and _says_background(body):
@@ -271,6 +296,11 @@ class BackgroundReader(StreamReader):
         if not self.background:
             self.usage = None
         return news
+
+
+def _without_usage_chunk(url: str, content_type: str | None, body: bytes) -> bytes:
+    reader = StreamReader(url, content_type, hide_usage_chunk=True)
+    return reader.pass_through(body) + reader.flush()
 
 
 def _says_background(body: bytes) -> bool:

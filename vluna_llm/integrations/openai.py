@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..context import CallContext
-from ..errors import ConfigurationError, VlunaError
+from ..errors import ConfigurationError
 
 try:
     import openai
@@ -100,27 +100,19 @@ class _SyncMetered(SyncAPIClient):
             if call.pending is not None:
                 try:
                     call.operation = call.pending.result()
-                except VlunaError:
-                    call.answered = "whole"
+                except BaseException:  # refused, or interrupted while waiting: nothing of the answer is handed out
                     response.close()
                     raise
-                finally:
-                    call.pending = None
+                call.pending = None
             call.answer(response, is_async=False)
         return super()._process_response(response=response, **rest)
 
     def _vluna_admit(self, call: Call) -> bool:
         """Ask the gate; False where the call is not metered. Refusals of the gate are raised."""
-        vluna = call.vluna
-        try:
-            if vluna.settings.authorize == "overlap":
-                call.pending = _in_thread(vluna.begin, call)
-                return True
-            call.operation = vluna.begin(call.model_call, call.bound)
-        except VlunaError:
-            raise
-        except Exception:
-            vluna.internal_error("openai.begin")
+        if call.vluna.settings.authorize == "overlap":
+            call.pending = _in_thread(call.begin)
+            return True
+        call.operation = call.begin()
         return call.operation is not None
 
 
@@ -172,10 +164,7 @@ class _AsyncMetered(AsyncAPIClient):
             if call.pending is not None:
                 try:
                     call.operation = await asyncio.shield(call.pending)
-                except BaseException:
-                    if call.pending.done():  # denied; else the caller was cancelled, and `request` sees to the lease
-                        call.answered = "whole"
-                        call.pending = None
+                except BaseException:  # refused, or cancelled while waiting: nothing of the answer is handed out
                     await response.aclose()
                     raise
                 call.pending = None
@@ -183,16 +172,10 @@ class _AsyncMetered(AsyncAPIClient):
         return await super()._process_response(response=response, **rest)
 
     async def _vluna_admit(self, call: Call) -> bool:
-        vluna = call.vluna
-        try:
-            if vluna.settings.authorize == "overlap" and (loop := _asyncio_loop()) is not None:
-                call.pending = loop.create_task(vluna.abegin(call.model_call, call.bound))
-                return True
-            call.operation = await vluna.abegin(call.model_call, call.bound)
-        except VlunaError:
-            raise
-        except Exception:
-            vluna.internal_error("openai.begin")
+        if call.vluna.settings.authorize == "overlap" and (loop := _asyncio_loop()) is not None:
+            call.pending = loop.create_task(call.abegin())
+            return True
+        call.operation = await call.abegin()
         return call.operation is not None
 
 
@@ -210,14 +193,14 @@ def _failed(call: Call, error: BaseException) -> None:
     pending.add_done_callback(admitted)
 
 
-def _in_thread(begin: Callable[..., Operation | None], call: Call) -> Future[Operation | None]:
+def _in_thread(begin: Callable[[], Operation | None]) -> Future[Operation | None]:
     """Ask the gate beside the model call, in a thread of its own that sees the caller's context."""
     future: Future[Operation | None] = Future()
     context = copy_context()
 
     def run() -> None:
         try:
-            future.set_result(context.run(begin, call.model_call, call.bound))
+            future.set_result(context.run(begin))
         except BaseException as error:
             future.set_exception(error)
 

@@ -116,9 +116,12 @@ class Telemetry:
         try:
             self.counts[name] += 1
             number, level = _SEVERITY[severity]
+            clean = {key: value for key, value in attributes.items() if value is not None}
+            # The log first: a logger provider of the application that fails must not swallow what loses money.
+            if log.isEnabledFor(level):
+                log.log(level, "%s%s %s", name, f": {message}" if message else "", _short(clean))
             if self._logger is None:
                 self._logger = get_logger("vluna_llm")
-            clean = {key: value for key, value in attributes.items() if value is not None}
             self._logger.emit(
                 event_name=name,
                 severity_number=number,
@@ -127,8 +130,6 @@ class Telemetry:
                 body=message,
                 context=span.context() if span else None,
             )
-            if log.isEnabledFor(level):
-                log.log(level, "%s%s %s", name, f": {message}" if message else "", _short(clean))
         except Exception:
             log.debug("telemetry failed", exc_info=True)
 

@@ -121,7 +121,8 @@ class Books:
         """What has to hold; the demo fails where one does not."""
         accounts, estimates, refused = self.accounts, self.estimates, self.refused
         given_up = [entry for entry in self.entries if entry.call.outcome in ("left early", "broke off")]
-        ungated = [entry for entry in self.entries if entry.by_ingest]
+        # On a machine that is slow enough another call may be late at the gate as well: it is booked all the same.
+        ungated = [entry for entry in self.entries if entry.by_ingest and entry.call.step == "ungated"]
         return [
             Check(
                 all(account.agrees for account in accounts) and all(entry.agrees for entry in self.entries),

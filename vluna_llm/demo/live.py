@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..context import Scope, call_context
-from ..errors import ConfigurationError, GateDenied, GateError, GateRateLimited, VlunaError
+from ..errors import ConfigurationError, GateDenied, GateRateLimited, VlunaError
 from ..settings import Settings
 from ..vluna import Vluna
 from .tables import dollars
@@ -107,15 +107,16 @@ def _one(console: Console, client: openai.OpenAI, model: str, payer: str, kind: 
                     max_completion_tokens=MAX_OUTPUT,
                     stream=True,
                 )
-                text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+                text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     except (GateDenied, GateRateLimited) as error:
         console.print(f"[red]refused[/] before the provider was called: {escape(str(error))}", highlight=False)
         return None
-    except (GateError, VlunaError) as error:
+    except VlunaError as error:
         console.print(f"[red]not called[/]: {escape(str(error))}", highlight=False)
         return None
-    except openai.OpenAIError as error:
-        console.print(f"[red]the provider failed[/]: {escape(type(error).__name__)}: {escape(str(error))}")
+    except Exception as error:
+        # The SDK's own errors, and those of the HTTP library below it when a stream breaks.
+        console.print(f"[red]the provider failed[/]: {escape(f'{type(error).__name__}: {error}')}", highlight=False)
         return None
     console.print(f"  {kind:<10}[dim]{escape(text.strip())}[/]", highlight=False)
     return scope

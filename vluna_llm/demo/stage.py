@@ -16,6 +16,7 @@ import openai
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
+from ..errors import ConfigurationError
 from ..outbox.reading import journals_below, read_journal
 from ..outbox.row import Row
 from ..sandbox import Sandbox
@@ -23,7 +24,7 @@ from ..sandbox.replay import ReplayUpstream
 from ..settings import Settings
 from ..vluna import Vluna
 
-AUTHORIZE_DEADLINE = 0.5
+AUTHORIZE_DEADLINE = 1.0
 """Seconds that an authorize may take with all its retries: short, so that a gate that is away is soon given up."""
 
 EVENT_DELAY = 0.004
@@ -52,13 +53,16 @@ class Stage:
     """Gate, upstream and metered clients, from ``__enter__`` to ``__exit__``.
 
     Raises:
-        FileNotFoundError: on entering, where the recordings are not installed.
+        ConfigurationError: the recordings are not installed.
     """
 
     def __init__(self) -> None:
         self._exits = ExitStack()
         self.gate = Sandbox()
-        self.upstream = ReplayUpstream(event_delay=EVENT_DELAY)
+        try:
+            self.upstream = ReplayUpstream(event_delay=EVENT_DELAY)
+        except FileNotFoundError as error:
+            raise ConfigurationError(f"The recorded answers are missing ({error}): install vluna-llm again.") from None
         self.recordings = {one.name: one for one in self.upstream.recordings}
 
     def __enter__(self) -> Stage:

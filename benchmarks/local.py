@@ -1,0 +1,91 @@
+"""What one call costs on the caller's thread besides the gate's round trip: estimate, machine, journal, telemetry."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from typing import Any
+
+from vluna_llm import Vluna, call_context
+from vluna_llm.ending import Ending
+from vluna_llm.gate.client import GateClient
+from vluna_llm.gate.credentials import GateCredentials
+from vluna_llm.gate.requests import GateRequest
+from vluna_llm.gate.wire import Answer
+from vluna_llm.lifecycle import ModelCall
+from vluna_llm.types import Lease
+from vluna_llm.usage.types import TokenUsage
+
+from .figures import Figure, Profile, mean_of
+from .servers import MODEL, OUTPUT_TOKENS, PROMPT_TOKENS, world
+
+SENTENCE = "The customer wrote that the parcel arrived late and asked for a refund of the fee. "
+BODY = {
+    "model": MODEL,
+    "messages": [{"role": "system", "content": SENTENCE * 12}, {"role": "user", "content": SENTENCE * 37}],
+    "stream": True,
+}
+
+
+class InstantGate(GateClient):
+    """A gate client whose answers are at hand: the real gate's first ones, a lease for each customer, one commit."""
+
+    def __init__(self, credentials: GateCredentials) -> None:
+        super().__init__(credentials)
+        self._leases: dict[str, Lease] = {}
+        self._booked: Answer | None = None
+
+    def authorize(self, **asked: Any) -> Lease:
+        lease = self._leases.get(asked["principal_id"])
+        if lease is None:
+            lease = self._leases[asked["principal_id"]] = super().authorize(**asked)
+        return lease
+
+    def send(self, request: GateRequest, **how: Any) -> Answer:
+        if request.kind != "commit":
+            return super().send(request, **how)
+        if self._booked is None:
+            self._booked = super().send(request, **how)
+        return self._booked
+
+
+def local_work(profile: Profile) -> list[Figure]:
+    """CPU of the caller's thread from the beginning of a call to its durable end, with the journal on disk."""
+    many = profile.some(100)
+    call = ModelCall("chat.completions", "openai", MODEL, BODY, True)
+    ending = Ending("complete", TokenUsage(input_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS), finished=True)
+    spent: dict[str, list[float]] = defaultdict(list)
+    with world() as around, Vluna(**around.settings()) as vluna:
+        vluna._gate = InstantGate(vluna.gate.credentials)
+        for block in range(profile.blocks + 2):
+            caller = wall = 0.0
+            process = time.process_time()
+            for number in range(many):
+                ended = dataclasses.replace(ending, response_id=f"chatcmpl-{block}-{number}")
+                now, thread = time.perf_counter(), time.thread_time()
+                with call_context(principal_id=f"customer_{number % 10}"):
+                    operation = vluna.begin(call)
+                    assert operation is not None
+                    operation.finish(ended)
+                caller += time.thread_time() - thread
+                wall += time.perf_counter() - now
+            assert vluna.flush(30)
+            process = time.process_time() - process
+            if block >= 2:
+                spent["caller"].append(1e6 * caller / many)
+                spent["wall"].append(1e6 * wall / many)
+                spent["process"].append(1e6 * process / many)
+    group = "local work"
+    return [
+        mean_of(
+            group,
+            "caller's CPU per call",
+            "µs",
+            spent["caller"],
+            budget=100.0,
+            note="4 KB of prompt, journal on disk, no round trip",
+        ),
+        mean_of(group, "caller's time per call", "µs", spent["wall"], note="while the settler delivers beside it"),
+        mean_of(group, "whole process's CPU per call", "µs", spent["process"], note="with the settler, no round trips"),
+    ]

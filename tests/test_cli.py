@@ -388,6 +388,27 @@ def test_outbox_reads_the_journal_of_a_running_process(
         op.record(quantity=1)
 
 
+@pytest.mark.parametrize("with_shared_memory", [True, False])
+def test_outbox_reads_what_a_killed_process_left(
+    cli: Cli, gate: Sandbox, make_vluna: Callable[..., Vluna], tmp_path: Path, with_shared_memory: bool
+) -> None:
+    """Rows that are only in the write-ahead log are seen, and the log is not moved into the file by looking."""
+    vluna = make_vluna(outbox=str(tmp_path / "live"))
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    with call_context(principal_id="acme"), vluna.operation(feature_code="tools.search", estimate=1) as op:
+        gate.stop()
+        op.record(quantity=7)
+    for path in (tmp_path / "live").glob("journal-*"):
+        if path.suffix != ".lock" and (with_shared_memory or not path.name.endswith("-shm")):
+            (crashed / path.name).write_bytes(path.read_bytes())
+    before = {path.name: path.read_bytes() for path in crashed.iterdir() if not path.name.endswith("-shm")}
+    assert any(name.endswith("-wal") and content for name, content in before.items())
+    data = json.loads(cli("outbox", str(crashed), "--json").out)
+    assert [operation["usage"] for operation in data["operations"]] == [{"input_tokens": 7}]
+    assert {path.name: path.read_bytes() for path in crashed.iterdir() if not path.name.endswith("-shm")} == before
+
+
 def test_outbox_looks_where_the_settings_say(cli: Cli, left_behind: Path, tmp_path: Path) -> None:
     """VLUNA_LLM_OUTBOX is the default; without it, every journal of this user."""
     assert "globex" in cli("outbox", VLUNA_LLM_OUTBOX=str(left_behind)).out

@@ -185,11 +185,11 @@ def test_corrupt_compression_breaks_as_it_would_without_us(http: Any) -> None:
     pieces: list[Any] = [gzip.compress(b"".join(ANSWER))[:40], b"\x00garbage" * 20]
     for hide in (False, True):
         sink = Recorder()
+        response = opened(http, Source([*pieces]), sink, hide=hide, headers={"content-encoding": "gzip"})
         with pytest.raises(http.DecodingError):
-            for _ in opened(
-                http, Source([*pieces]), sink, hide=hide, headers={"content-encoding": "gzip"}
-            ).iter_bytes():
+            for _ in response.iter_bytes():
                 pass
+        response.close()
         assert sink.only.usage is None
 
 

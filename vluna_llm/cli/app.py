@@ -89,6 +89,8 @@ def demo(
 
     Exit code 1 where the recordings, vluna-llm and the gate do not agree to the token.
     """
+    if live and as_json:
+        raise typer.BadParameter("--json shows the books of recorded answers; it does not go with --live.")
     with _extra("demo"):
         if live:
             from ..demo.live import run_live

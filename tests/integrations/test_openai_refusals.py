@@ -279,6 +279,27 @@ def test_overlap_hands_nothing_out_before_the_lease(
     assert gate.booked("broke").entries == ()
 
 
+def test_overlap_stops_the_provider_when_the_gate_says_no(
+    colour: Colour, gate: Sandbox, make_vluna: MakeVluna, provider: Provider
+) -> None:
+    """The answer that nobody will get is closed at once, not when it is collected."""
+    gate.set_credit("broke", 0)
+    gate.faults.add("latency", "authorize", seconds=0.2, times=None)
+    provider.behaviour = "hang"
+    vluna = make_vluna(gate, authorize="overlap")
+    caught: list[BaseException] = []
+
+    async def program(client: Any) -> None:
+        try:
+            await stream(client)
+        except GateDenied as error:
+            caught.append(error)  # holds the frames, and so the answer
+        assert client._client._transport._pool.connections == []
+
+    colour.run(program, vluna.bind(colour.bare(), principal_id="broke"))
+    assert caught
+
+
 def test_overlap_costs_no_time_while_the_gate_is_faster(
     colour: Colour, gate: Sandbox, make_vluna: MakeVluna, provider: Provider
 ) -> None:

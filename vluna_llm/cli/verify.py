@@ -114,7 +114,7 @@ def _credentials(environ: Mapping[str, str]) -> Iterator[Finding]:
         try:
             check(value)
         except ConfigurationError as error:
-            text = str(error).replace("pass allow_plaintext=True", "set VLUNA_LLM_ALLOW_PLAINTEXT=true")
+            text = str(error)
             what, _, fix = text.removeprefix(f"{name} ").partition("; ")
             yield Finding(name, "fail", what, fix[:1].upper() + fix[1:] or None)
         else:

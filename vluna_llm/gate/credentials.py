@@ -123,7 +123,7 @@ def _checked_url(value: object, *, allow_plaintext: bool) -> str:
     if parts.scheme == "http" and not allow_plaintext and not is_loopback(host):
         raise ConfigurationError(
             f"{setting} is plain http:// to {host}, readable for everybody on the way; "
-            "use https:// or pass allow_plaintext=True where the network is trusted."
+            "use https://, or set VLUNA_LLM_ALLOW_PLAINTEXT=true (allow_plaintext=True) where the network is trusted."
         )
     return url
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -642,3 +646,40 @@ def test_settled_only_when_it_is_over(vluna: Vluna, provider: Provider, shared_g
         stream.close()
     settled(vluna, scope, shared_gate, customer).cancelled_once()
     client.close()
+
+
+PROCESS_THAT_EXITS = """
+import sys
+import openai
+from vluna_llm import Vluna, call_context
+
+client = Vluna().wrap(openai.OpenAI(base_url=sys.argv[1], api_key="sk", max_retries=0))
+with call_context(principal_id=sys.argv[2]):
+    stream = client.chat.completions.create(
+        model="gpt-4o", messages=[{"role": "user", "content": "hi"}], stream=True
+    )
+    for _ in range(int(sys.argv[3])):
+        next(stream)
+"""
+
+
+@pytest.mark.parametrize(("chunks", "leases", "booked"), [(2, ["canceled"], []), (14, ["closed"], ["commit"])])
+def test_a_stream_that_is_open_when_the_process_exits(
+    chunks: int, leases: list[str], booked: list[str], provider: Provider, customer: str, tmp_path: Path
+) -> None:
+    """An ordinary exit settles it: cancelled where it was under way, booked where the model had finished."""
+    provider.behaviour = "hang" if chunks == 2 else "hang_after_finish"
+    with Sandbox() as gate:
+        subprocess.run(
+            [sys.executable, "-c", PROCESS_THAT_EXITS, provider.base_url, customer, str(chunks)],
+            env={
+                **os.environ,
+                **gate.env(),
+                "VLUNA_LLM_OUTBOX": str(tmp_path),
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
+            check=True,
+            timeout=60,
+        )
+        assert [lease.state for lease in gate.leases(customer)] == leases
+        assert [entry.kind for entry in gate.booked(customer).entries] == booked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import random
 import threading
 import time
@@ -18,12 +19,12 @@ from vluna_llm.usage.types import TokenUsage
 
 from .figures import Figure, Profile, mean_of, percentile
 from .memory import resident
-from .servers import MODEL, OUTPUT_TOKENS, PROMPT_TOKENS, World, world
+from .servers import MODEL, OUTPUT_TOKENS, PROMPT_TOKENS, world
 from .streaming import consume, make_client
 
-STREAMS, CHUNKS, GAP_MS = 1_000, 40, 100
+STREAMS, CHUNKS = 1_000, 40
 BACKLOG, CUSTOMERS = 2_000, 100
-TICK = 0.002
+TICK, RUNS = 0.002, 6
 
 
 # -- a thousand streams ------------------------------------------------------------------------------------------------
@@ -34,7 +35,8 @@ def crowd_side(profile: Profile, kind: str) -> dict[str, float]:
     count = profile.some(STREAMS)
     with world() as around, Vluna(**around.settings()) as vluna:
         before = resident() or 0
-        figures = asyncio.run(_crowd(kind, count, around, vluna))
+        base_url = around.base_url(chunks=CHUNKS, between_ms=20 if profile.quick else 100)
+        figures = asyncio.run(_crowd(kind, count, base_url, vluna))
         figures["resident"] = (resident() or 0) - before
         if kind == "metered":
             started = time.perf_counter()
@@ -48,14 +50,11 @@ def crowd_side(profile: Profile, kind: str) -> dict[str, float]:
         return figures
 
 
-async def _crowd(kind: str, count: int, around: World, vluna: Vluna) -> dict[str, float]:
-    limits: Any = {"max_connections": None, "max_keepalive_connections": None}
-    base: Any = getattr(openai, "DefaultAsyncHttpxClient")  # noqa: B009 - of httpx or httpx2, as the SDK has it
-    import importlib
-
-    library: Any = importlib.import_module(base.__mro__[1].__module__.partition(".")[0])
-    http = base(limits=library.Limits(**limits), timeout=library.Timeout(60))
-    client = make_client("async", around.base_url(chunks=CHUNKS, between_ms=GAP_MS), http_client=http)
+async def _crowd(kind: str, count: int, base_url: str, vluna: Vluna) -> dict[str, float]:
+    # httpx or httpx2, whichever this SDK is built on: its default pool has fewer connections than we have streams.
+    library: Any = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])
+    limits = library.Limits(max_connections=None, max_keepalive_connections=None)
+    client = make_client("async", base_url, http_client=library.AsyncClient(limits=limits, timeout=60))
     used = vluna.wrap(client) if kind == "metered" else client
 
     async def one(number: int) -> None:
@@ -103,7 +102,7 @@ def crowd_figures(profile: Profile, bare: dict[str, float], metered: dict[str, f
 def loop_lag(profile: Profile) -> list[Figure]:
     """How late an idle event loop wakes up, with and without a backlog of 2,000 settlements draining beside it."""
     with world() as around, Vluna(**around.settings()) as vluna:
-        runs, windows = (1, 3) if profile.quick else (6, 6)
+        runs, windows = (1, 3) if profile.quick else (RUNS, 6)
         idle: list[float] = []
         draining: list[float] = []
         seconds = 0.0
@@ -150,7 +149,7 @@ def _backlog(vluna: Vluna, count: int) -> list[Row]:
             assert operation is not None
             operation.finish(Ending("complete", usage, finished=True))
     finally:
-        del settler.enqueue  # type: ignore[method-assign]
+        del settler.enqueue
     assert len(held) == count
     return held
 

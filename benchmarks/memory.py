@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import tracemalloc
 from collections.abc import Callable
@@ -67,4 +68,4 @@ def _growth(some: Callable[[int], None], blocks: int, each: int, now: Callable[[
         some(each)
         gc.collect()
         marks.append(now())
-    return [(after - before) / each for before, after in zip(marks, marks[1:], strict=False)]
+    return [(after - before) / each for before, after in itertools.pairwise(marks)]

@@ -163,6 +163,9 @@ class _Process:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.told: dict[str, Any] = {}
+
+    def wait_until_ready(self) -> None:
         self.told = self._answer()
 
     def ask(self, order: dict[str, Any]) -> dict[str, Any]:
@@ -214,11 +217,12 @@ class World:
 def world() -> Iterator[World]:
     """Both servers, started and stopped."""
     with tempfile.TemporaryDirectory(prefix="vluna-llm-bench-") as directory, contextlib.ExitStack() as stack:
-        processes = []
-        for kind in ("gate", "provider"):
-            processes.append(_Process(kind))
-            stack.callback(processes[-1].stop)
-        yield World(processes[0], processes[1], Path(directory))
+        gate, provider = _Process("gate"), _Process("provider")
+        stack.callback(gate.stop)
+        stack.callback(provider.stop)
+        gate.wait_until_ready()
+        provider.wait_until_ready()
+        yield World(gate, provider, Path(directory))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ MESSAGES = [
     {"role": "system", "content": SENTENCE * 3},
     {"role": "user", "content": SENTENCE * 9},
 ]
-_PAIRS_A_BLOCK = 5
+
+Kind = Literal["bare", "metered", "asking", "metered asking"]
+"""Who calls: a caller who does not ask for usage (metering does, so that every chunk is longer by ``"usage":null``),
+and one who asks himself (then metering only passes the chunks through)."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +46,37 @@ def make_client(colour: Colour, base_url: str, **options: Any) -> Any:
     return kind(base_url=base_url, api_key="sk-bench", max_retries=0, **options)
 
 
-async def consume(client: Any) -> int:
+async def consume(client: Any, *, asking: bool = False) -> int:
     """Read a stream as an application does; the number of chunks that carry a choice."""
-    stream: Any = client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)
+    asked: dict[str, Any] = {"stream_options": {"include_usage": True}} if asking else {}
+    stream: Any = client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True, **asked)
     count = size = 0
     if inspect.isawaitable(stream):
         async for chunk in await stream:
-            size += len(chunk.choices[0].delta.content or "")
-            count += 1
+            if chunk.choices:
+                size += len(chunk.choices[0].delta.content or "")
+                count += 1
     else:
         for chunk in stream:
-            size += len(chunk.choices[0].delta.content or "")
-            count += 1
+            if chunk.choices:
+                size += len(chunk.choices[0].delta.content or "")
+                count += 1
     return count
 
 
-async def _bare(client: Any, chunks: int) -> Spent:
+async def _bare(client: Any, chunks: int, asking: bool) -> Spent:
     wall, cpu = time.perf_counter(), time.process_time()
-    count = await consume(client)
+    count = await consume(client, asking=asking)
     spent = Spent(time.process_time() - cpu, time.perf_counter() - wall)
     assert count == chunks, f"{count} chunks instead of {chunks}"
     return spent
 
 
-async def _metered(client: Any, chunks: int, vluna: Vluna) -> Spent:
+async def _metered(client: Any, chunks: int, asking: bool, vluna: Vluna) -> Spent:
     """The same, with its commit delivered: `flush` is part of what is measured."""
     wall, cpu = time.perf_counter(), time.process_time()
     with call_context(principal_id="customer_1") as scope:
-        count = await consume(client)
+        count = await consume(client, asking=asking)
     delivered = vluna.flush(10)
     spent = Spent(time.process_time() - cpu, time.perf_counter() - wall)
     assert count == chunks, f"{count} chunks instead of {chunks}"
@@ -89,31 +95,42 @@ async def _streaming(profile: Profile, colour: Colour, around: World, vluna: Vlu
     dice = random.Random(11)
     bare = {n: make_client(colour, around.base_url(chunks=n)) for n in (SHORT, LONG)}
     metered = {n: vluna.wrap(client) for n, client in bare.items()}
-    for _ in range(5):
-        for n in (SHORT, LONG):
-            await _bare(bare[n], n)
-            await _metered(metered[n], n, vluna)
+
+    async def call(kind: Kind, chunks: int) -> Spent:
+        asking = kind.endswith("asking")
+        if kind.startswith("metered"):
+            return await _metered(metered[chunks], chunks, asking, vluna)
+        return await _bare(bare[chunks], chunks, asking)
+
+    pairs, few = (2, 1) if profile.quick else (6, 2)
+    turns: list[tuple[Kind, int]] = []
+    both: tuple[tuple[Kind, Kind], ...] = (("bare", "metered"), ("asking", "metered asking"))
+    for kind in both[0]:
+        turns += [(kind, SHORT)] * pairs + [(kind, LONG)] * few
+    for kind in both[1]:
+        turns += [(kind, SHORT)] * few + [(kind, LONG)] * few
+    for turn in turns:
+        await call(*turn)
     gc.collect()
     gc.freeze()
     added: dict[str, list[float]] = defaultdict(list)
     for _ in range(profile.blocks):
-        turns = [(kind, SHORT) for kind in ("bare", "metered") for _ in range(_PAIRS_A_BLOCK)]
-        turns += [(kind, LONG) for kind in ("bare", "metered") for _ in range(2)]
         dice.shuffle(turns)
-        spent: dict[tuple[str, int], list[Spent]] = defaultdict(list)
-        for kind, chunks in turns:
-            if kind == "bare":
-                spent[kind, chunks].append(await _bare(bare[chunks], chunks))
-            else:
-                spent[kind, chunks].append(await _metered(metered[chunks], chunks, vluna))
+        spent: dict[tuple[Kind, int], list[Spent]] = defaultdict(list)
+        for turn in turns:
+            spent[turn].append(await call(*turn))
         cpu = {key: sum(s.cpu for s in calls) / len(calls) for key, calls in spent.items()}
         wall = {key: sum(s.wall for s in calls) / len(calls) for key, calls in spent.items()}
-        short, long = (cpu["metered", n] - cpu["bare", n] for n in (SHORT, LONG))
-        added["percent"].append(100 * short / cpu["bare", SHORT])
-        added["call"].append(1e6 * short)
-        added["chunk"].append(1e6 * (long - short) / (LONG - SHORT))
-        added["fixed"].append(1e6 * short - SHORT * added["chunk"][-1])
-        added["bare"].append(1e6 * (cpu["bare", LONG] - cpu["bare", SHORT]) / (LONG - SHORT))
+
+        def slope(kind: Kind, cpu: dict[tuple[Kind, int], float] = cpu) -> float:
+            return 1e6 * (cpu[kind, LONG] - cpu[kind, SHORT]) / (LONG - SHORT)
+
+        more = cpu["metered", SHORT] - cpu["bare", SHORT]
+        added["percent"].append(100 * more / cpu["bare", SHORT])
+        added["call"].append(1e6 * more)
+        added["passed"].append(slope("metered asking") - slope("asking"))
+        added["chunk"].append(slope("metered") - slope("bare"))
+        added["bare"].append(slope("bare"))
         added["wall"].append(100 * (wall["metered", SHORT] / wall["bare", SHORT] - 1))
     group = f"streaming, {colour}"
     return [
@@ -127,13 +144,19 @@ async def _streaming(profile: Profile, colour: Colour, around: World, vluna: Vlu
         ),
         mean_of(
             group,
-            "CPU added per chunk",
+            "CPU added per chunk passed through",
+            "µs",
+            added["passed"],
+            budget=1.0,
+            note=f"slope between {SHORT} and {LONG} chunks; the caller asks for usage",
+        ),
+        mean_of(
+            group,
+            "CPU added per chunk where metering asks",
             "µs",
             added["chunk"],
-            budget=1.0,
-            note=f"slope between {SHORT} and {LONG} chunks",
+            note='the SDK parses "usage":null as well',
         ),
-        mean_of(group, "CPU added per call, any length", "µs", added["fixed"], note="what is left without the chunks"),
         mean_of(group, f"CPU added to a call of {SHORT} chunks, absolute", "µs", added["call"]),
         mean_of(group, "CPU of the bare client per chunk", "µs", added["bare"]),
         mean_of(
@@ -150,19 +173,19 @@ def round_trips(profile: Profile) -> list[Figure]:
 
 async def _round_trips(profile: Profile, vluna: Vluna) -> list[Figure]:
     gate, async_gate, many = vluna.gate, vluna.async_gate, profile.some(40)
-    who = {"principal_id": "customer_1", "user_id": "customer_1"}
-    ask = {**who, "feature_code": f"openai.{MODEL}", "estimated_quantity": 1_000}
+    who: dict[str, Any] = {"principal_id": "customer_1", "user_id": "customer_1"}
+    ask: dict[str, Any] = {**who, "feature_code": f"openai.{MODEL}", "estimated_quantity": 1_000}
     total = TokenUsage(input_tokens=PROMPT_TOKENS, output_tokens=OUTPUT_TOKENS).total_tokens
     spent: dict[str, list[float]] = defaultdict(list)
     for block in range(profile.blocks + 1):
         started = time.process_time()
-        leases = [gate.authorize(**ask) for _ in range(many)]  # type: ignore[arg-type]
+        leases = [gate.authorize(**ask) for _ in range(many)]
         authorized = time.process_time()
         for lease in leases:
             gate.commit(lease=lease, quantity=total, **who)
         committed = time.process_time()
         for _ in range(many):
-            await async_gate.authorize(**ask)  # type: ignore[arg-type]
+            await async_gate.authorize(**ask)
         ended = time.process_time()
         if block:  # the first one opened the connections
             spent["authorize"].append(1e6 * (authorized - started) / many)

@@ -18,9 +18,11 @@ from typing import Any, Literal
 import httpx
 import pytest
 
-from vluna_llm import tap as taps
+from vluna_llm import _tap_watch
+from vluna_llm._tap_watch import REST_CHUNKS
+from vluna_llm._tap_wire import http_module
 from vluna_llm.ending import Ending
-from vluna_llm.tap import REST_CHUNKS, tap
+from vluna_llm.tap import tap
 
 MODULES = ["httpx", "httpx2"]
 
@@ -461,11 +463,11 @@ def test_one_collector_callback_however_many_streams(http: Any) -> None:
     """The process-wide part is one callback."""
     for _ in range(3):
         opened(http, Source([]), Recorder())
-    assert gc.callbacks.count(taps._on_collection) == 1
+    assert gc.callbacks.count(_tap_watch._on_collection) == 1
 
 
 def test_strange_responses_are_refused() -> None:
     """Only httpx's kind has a stream that can be replaced."""
     with pytest.raises(TypeError):
-        taps._http_module(object())
-    assert taps._http_module(httpx.Response(200)) == "httpx"
+        http_module(object())
+    assert http_module(httpx.Response(200)) == "httpx"

@@ -208,7 +208,7 @@ def test_any_other_400_is_not_tried_again(colour: Colour, vluna: Vluna, provider
         "vluna_llm.tap.StreamReader.pass_through",
         "vluna_llm.tap.StreamReader.flush",
         "vluna_llm.tap.StreamReader.end",
-        "vluna_llm.tap.Watch.ending",
+        "vluna_llm._tap_watch.Watch.ending",
         "vluna_llm.lifecycle.Operation.finish",
         "vluna_llm.lifecycle.Operation.wait",
         "vluna_llm.lifecycle.Operation.wait_async",
@@ -227,7 +227,7 @@ def test_a_fault_of_ours_does_not_reach_the_product(
     """Whatever of ours raises, the product's call goes on as if we were not there (promise 1)."""
     vluna = make_vluna(settle="inline")
     monkeypatch.setattr("vluna_llm.tap.INLINE_SECONDS", 0.1)
-    monkeypatch.setattr("vluna_llm.integrations.openai.INLINE_SECONDS", 0.1)
+    monkeypatch.setattr("vluna_llm.integrations._openai_metered.INLINE_SECONDS", 0.1)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a fault of ours")

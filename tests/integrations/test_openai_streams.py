@@ -259,7 +259,7 @@ def test_a_rest_that_never_comes_is_not_waited_for(
     colour: Colour, vluna: Vluna, provider: Provider, billed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An upstream that finishes and then hangs costs the consumer two seconds at most, and is estimated."""
-    monkeypatch.setattr("vluna_llm.tap.REST_SECONDS", 0.3)
+    monkeypatch.setattr("vluna_llm._tap_watch.REST_SECONDS", 0.3)
     provider.behaviour = "hang_after_finish"
     began = time.monotonic()
     bill: Bill = billed(vluna, lambda: colour.run(stop_at_the_finish_reason, vluna.wrap(colour.bare())))
@@ -619,7 +619,7 @@ def test_a_stream_dropped_in_a_thread_without_a_loop(vluna: Vluna, provider: Pro
 
 def test_finished_streams_leave_nothing_behind(vluna: Vluna, provider: Provider, customer: str) -> None:
     """What watched a stream is freed with it."""
-    from vluna_llm.tap import Watch
+    from vluna_llm._tap_watch import Watch
 
     client = vluna.wrap(openai.OpenAI(base_url=provider.base_url, api_key="sk-test"))
 

@@ -14,14 +14,9 @@ Calls over WebSocket (``realtime.connect``, ``responses.connect``) are not meter
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import threading
 import types
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextvars import copy_context
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..context import CallContext
@@ -35,194 +30,14 @@ except ImportError as error:
         "vluna_llm.integrations.openai needs the OpenAI SDK: pip install 'vluna-llm[openai]'", name="openai"
     ) from error
 
-from ..tap import INLINE_SECONDS
-from ._openai_call import Call, in_flight, prepare
+from ._openai_metered import AsyncMetered, Metering, SyncMetered
 
 if TYPE_CHECKING:
-    from ..lifecycle import Operation
     from ..vluna import Vluna
 
 __all__ = ["AsyncAzureOpenAI", "AsyncOpenAI", "AzureOpenAI", "OpenAI", "wrap_client"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Metering:
-    """By whom a client is metered, and whom it is bound to."""
-
-    vluna: Vluna
-    bound: CallContext | None = None
-
-
-class _SyncMetered(SyncAPIClient):
-    """The two methods, in the colour of `openai.OpenAI`."""
-
-    _vluna_metering: _Metering
-
-    def request(self, cast_to: Any, options: Any, *, stream: bool = False, **rest: Any) -> Any:
-        metering = self._vluna_metering
-        call = prepare(metering.vluna, metering.bound, self, options, stream, flavour=_flavour(self))
-        if call is not None and not call.retrieve and not self._vluna_admit(call):
-            call = None
-        token = in_flight.set(call)
-        try:
-            if call is None:
-                return super().request(cast_to, options, stream=stream, **rest)
-            asking = call.asking(options)
-            try:
-                answer = super().request(cast_to, asking, stream=stream, **rest)
-            except openai.APIStatusError as error:
-                if asking is options or not call.refused_option(error):
-                    raise
-                again = True
-            else:
-                again = False
-            if again:  # outside of the except block: the caller's exception must not carry the first one
-                answer = super().request(cast_to, options, stream=stream, **rest)
-                call.remember_refusal()
-        except BaseException as error:
-            if call is not None:
-                _failed(call, error)
-            raise
-        finally:
-            in_flight.reset(token)
-        if call.waits and call.operation is not None:
-            try:
-                call.operation.wait(INLINE_SECONDS)
-            except Exception:
-                call.vluna.internal_error("openai.wait")
-        return answer
-
-    def _process_response(self, *, response: Any, **rest: Any) -> Any:
-        call = in_flight.get()
-        if call is not None:
-            if call.pending is not None:
-                try:
-                    call.operation = call.pending.result()
-                except BaseException:  # refused, or interrupted while waiting: nothing of the answer is handed out
-                    response.close()
-                    raise
-                call.pending = None
-            call.answer(response, is_async=False)
-        return super()._process_response(response=response, **rest)
-
-    def _vluna_admit(self, call: Call) -> bool:
-        """Ask the gate; False where the call is not metered. Refusals of the gate are raised."""
-        if call.vluna.settings.authorize == "overlap":
-            call.pending = _in_thread(call.begin)
-            return True
-        call.operation = call.begin()
-        return call.operation is not None
-
-
-class _AsyncMetered(AsyncAPIClient):
-    """The two methods, in the colour of `openai.AsyncOpenAI`."""
-
-    _vluna_metering: _Metering
-
-    async def request(self, cast_to: Any, options: Any, *, stream: bool = False, **rest: Any) -> Any:
-        metering = self._vluna_metering
-        call = prepare(metering.vluna, metering.bound, self, options, stream, flavour=_flavour(self))
-        if call is not None and not call.retrieve and not await self._vluna_admit(call):
-            call = None
-        token = in_flight.set(call)
-        try:
-            if call is None:
-                return await super().request(cast_to, options, stream=stream, **rest)
-            asking = call.asking(options)
-            try:
-                answer = await super().request(cast_to, asking, stream=stream, **rest)
-            except openai.APIStatusError as error:
-                if asking is options or not call.refused_option(error):
-                    raise
-                again = True
-            else:
-                again = False
-            if again:
-                answer = await super().request(cast_to, options, stream=stream, **rest)
-                call.remember_refusal()
-        except BaseException as error:
-            if call is not None:
-                _failed(call, error)
-            raise
-        finally:
-            try:
-                in_flight.reset(token)
-            except ValueError:
-                pass  # a coroutine that is closed from another task than it ran in: that task never saw the call
-        if call.waits and call.operation is not None:
-            try:
-                await call.operation.wait_async(INLINE_SECONDS)
-            except Exception:
-                call.vluna.internal_error("openai.wait")
-        return answer
-
-    async def _process_response(self, *, response: Any, **rest: Any) -> Any:
-        call = in_flight.get()
-        if call is not None:
-            if call.pending is not None:
-                try:
-                    call.operation = await asyncio.shield(call.pending)
-                except BaseException:  # refused, or cancelled while waiting: nothing of the answer is handed out
-                    await response.aclose()
-                    raise
-                call.pending = None
-            call.answer(response, is_async=True)
-        return await super()._process_response(response=response, **rest)
-
-    async def _vluna_admit(self, call: Call) -> bool:
-        if call.vluna.settings.authorize == "overlap" and (loop := _asyncio_loop()) is not None:
-            call.pending = loop.create_task(call.abegin())
-            return True
-        call.operation = await call.abegin()
-        return call.operation is not None
-
-
-def _failed(call: Call, error: BaseException) -> None:
-    """The call raised: tell the operation, or see to it that the one being admitted is told."""
-    pending, call.pending = call.pending, None
-    if pending is None:
-        call.failed(error)
-        return
-
-    def admitted(future: Any) -> None:
-        if not future.cancelled() and future.exception() is None and (operation := future.result()) is not None:
-            operation.fail(error)
-
-    pending.add_done_callback(admitted)
-
-
-def _in_thread(begin: Callable[[], Operation | None]) -> Future[Operation | None]:
-    """Ask the gate beside the model call, in a thread of its own that sees the caller's context."""
-    future: Future[Operation | None] = Future()
-    context = copy_context()
-
-    def run() -> None:
-        try:
-            future.set_result(context.run(begin))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="vluna-authorize", daemon=True).start()
-    return future
-
-
-def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:  # trio
-        return None
-
-
-_AZURE = (openai.AzureOpenAI, openai.AsyncAzureOpenAI)
-_BEDROCK = tuple(
-    kind for name in ("BedrockOpenAI", "AsyncBedrockOpenAI") if isinstance(kind := getattr(openai, name, None), type)
-)
-
-
-def _flavour(client: object) -> str:
-    return "azure" if isinstance(client, _AZURE) else "bedrock" if isinstance(client, _BEDROCK) else ""
 
 
 # -- wrapping ----------------------------------------------------------------------------------------------------------
@@ -253,16 +68,16 @@ def wrap_client(vluna: Vluna, client: T, bound: CallContext | None = None) -> T:
         raise ConfigurationError(
             f"vluna.wrap takes an OpenAI client (or the module openai), not {type(client).__name__!r}."
         )
-    current: _Metering | None = getattr(client, "_vluna_metering", None)
+    current: Metering | None = getattr(client, "_vluna_metering", None)
     if current is None:
         metered = _clone(client, _metered_class(type(client), vluna))
-        metered._vluna_metering = _Metering(vluna, bound)
+        metered._vluna_metering = Metering(vluna, bound)
         return cast(T, metered)
     if current.vluna is vluna and bound is None:
         return client
     merged = bound if current.bound is None or bound is None else current.bound.override(bound)
     metered = _clone(client, type(client))
-    metered._vluna_metering = _Metering(vluna, merged if merged is not None else current.bound)
+    metered._vluna_metering = Metering(vluna, merged if merged is not None else current.bound)
     return cast(T, metered)
 
 
@@ -272,13 +87,13 @@ def _metered_class(base: type[Any], vluna: Vluna) -> type[Any]:
         metering = known.__dict__.get("_vluna_metering")
         if known.__dict__.get("_vluna_base") is base and metering is not None and metering.vluna is vluna:
             return known
-    mixin = _SyncMetered if issubclass(base, SyncAPIClient) else _AsyncMetered
+    mixin = SyncMetered if issubclass(base, SyncAPIClient) else AsyncMetered
     namespace: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_vluna_base": base,
-        "_vluna_metering": _Metering(vluna),  # for type(client)(...): never silently unmetered
+        "_vluna_metering": Metering(vluna),  # for type(client)(...): never silently unmetered
     }
     for name in ("copy", "with_options"):
         if callable(method := getattr(base, name, None)):
@@ -297,7 +112,7 @@ def _carrying(method: Callable[..., Any]) -> Callable[..., Any]:
     def copy(self: Any, *args: Any, **kwargs: Any) -> Any:
         copied = method(self, *args, **kwargs)
         metering = self._vluna_metering
-        if isinstance(copied, (_SyncMetered, _AsyncMetered)):
+        if isinstance(copied, (SyncMetered, AsyncMetered)):
             copied._vluna_metering = metering
             return copied
         return wrap_client(metering.vluna, copied, metering.bound)  # a class of the user's own that names itself
@@ -367,12 +182,12 @@ def _wrap_module(vluna: Vluna) -> None:
 # -- drop-in classes ---------------------------------------------------------------------------------------------------
 
 
-def _drop_in_metering(vluna: Vluna | None) -> _Metering:
+def _drop_in_metering(vluna: Vluna | None) -> Metering:
     if vluna is None:
         from ..vluna import Vluna
 
         vluna = Vluna.default()
-    return _Metering(vluna)
+    return Metering(vluna)
 
 
 def _with_vluna(self: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -403,7 +218,7 @@ def _drop_in(kind: type[T]) -> type[T]:
 
 
 @_drop_in
-class OpenAI(_SyncMetered, openai.OpenAI):
+class OpenAI(SyncMetered, openai.OpenAI):
     """`openai.OpenAI`, metered by ``vluna``, or by `Vluna.default()` whose settings come from the environment."""
 
     def __init__(self, *args: Any, vluna: Vluna | None = None, **options: Any) -> None:
@@ -412,7 +227,7 @@ class OpenAI(_SyncMetered, openai.OpenAI):
 
 
 @_drop_in
-class AsyncOpenAI(_AsyncMetered, openai.AsyncOpenAI):
+class AsyncOpenAI(AsyncMetered, openai.AsyncOpenAI):
     """`openai.AsyncOpenAI`, metered by ``vluna``, or by `Vluna.default()` whose settings come from the environment."""
 
     def __init__(self, *args: Any, vluna: Vluna | None = None, **options: Any) -> None:
@@ -421,7 +236,7 @@ class AsyncOpenAI(_AsyncMetered, openai.AsyncOpenAI):
 
 
 @_drop_in
-class AzureOpenAI(_SyncMetered, openai.AzureOpenAI):
+class AzureOpenAI(SyncMetered, openai.AzureOpenAI):
     """`openai.AzureOpenAI`, metered by ``vluna``, or by `Vluna.default()` whose settings come from the environment."""
 
     def __init__(self, *args: Any, vluna: Vluna | None = None, **options: Any) -> None:
@@ -430,7 +245,7 @@ class AzureOpenAI(_SyncMetered, openai.AzureOpenAI):
 
 
 @_drop_in
-class AsyncAzureOpenAI(_AsyncMetered, openai.AsyncAzureOpenAI):
+class AsyncAzureOpenAI(AsyncMetered, openai.AsyncAzureOpenAI):
     """`openai.AsyncAzureOpenAI`, metered by ``vluna``, or by `Vluna.default()` (settings from the environment)."""
 
     def __init__(self, *args: Any, vluna: Vluna | None = None, **options: Any) -> None:

@@ -60,18 +60,19 @@ def local_work(profile: Profile) -> list[Figure]:
         vluna._gate = InstantGate(vluna.gate.credentials)
         for block in range(profile.blocks + 2):
             caller = wall = 0.0
-            process = time.process_time()
+            process = 0.0
             for number in range(many):
                 ended = dataclasses.replace(ending, response_id=f"chatcmpl-{block}-{number}")
-                now, thread = time.perf_counter(), time.thread_time()
+                now, thread, cpu = time.perf_counter(), time.thread_time(), time.process_time()
                 with call_context(principal_id=f"customer_{number % 10}"):
                     operation = vluna.begin(call)
                     assert operation is not None
                     operation.finish(ended)
                 caller += time.thread_time() - thread
                 wall += time.perf_counter() - now
-            assert vluna.flush(30)
-            process = time.process_time() - process
+                # Delivered between two calls: what is measured is a call, not a fight of two threads for one lock.
+                assert vluna.flush(30)
+                process += time.process_time() - cpu
             if block >= 2:
                 spent["caller"].append(1e6 * caller / many)
                 spent["wall"].append(1e6 * wall / many)
@@ -86,6 +87,12 @@ def local_work(profile: Profile) -> list[Figure]:
             budget=100.0,
             note="4 KB of prompt, journal on disk, no round trip",
         ),
-        mean_of(group, "caller's time per call", "µs", spent["wall"], note="while the settler delivers beside it"),
-        mean_of(group, "whole process's CPU per call", "µs", spent["process"], note="with the settler, no round trips"),
+        mean_of(group, "caller's time per call", "µs", spent["wall"], note="until the operation is durably ended"),
+        mean_of(
+            group,
+            "whole process's CPU per call",
+            "µs",
+            spent["process"],
+            note="with the settler and flush, no round trips",
+        ),
     ]

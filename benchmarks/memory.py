@@ -17,7 +17,7 @@ from .figures import Figure, Profile, mean_of
 from .servers import world
 from .streaming import consume, make_client
 
-WARM_UP, OPERATIONS = 1_500, 3_000
+WARM_UP, OPERATIONS = 3_000, 3_000
 
 
 def resident() -> int | None:
@@ -30,7 +30,8 @@ def resident() -> int | None:
 
 
 def memory(profile: Profile) -> list[Figure]:
-    """Growth per operation of the Python heap and of the process, over 3,000 settled streams after a warm-up."""
+    """Growth per operation of the Python heap and of the process, over 3,000 settled streams after a warm-up
+    (which fills, among others, the 2 MB that SQLite keeps of its file)."""
     with world() as around, Vluna(**around.settings()) as vluna:
         client = vluna.wrap(make_client("sync", around.base_url(chunks=5)))
         blocks = profile.blocks

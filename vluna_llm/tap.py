@@ -12,6 +12,7 @@ middle of anything, our own journal's write included: whatever ends a stream fro
 from __future__ import annotations
 
 import asyncio
+import atexit
 import importlib
 import threading
 import time
@@ -85,7 +86,8 @@ class _Tap:
         self._source: Any = None
         self._handed_over = False
         watch_collector()
-        weakref.finalize(self, watch.forgotten)
+        weakref.finalize(self, watch.forgotten).atexit = False
+        _note_open(self)
 
     def __getattr__(self, name: str) -> Any:
         # httpx2 asks the stream for the elapsed time; whatever else was reachable stays reachable.
@@ -297,6 +299,29 @@ class _AsyncTap(_Tap):
         except Exception:
             pass
 
+
+_open_streams: weakref.WeakSet[_Tap] = weakref.WeakSet()
+
+
+def _note_open(stream: _Tap) -> None:
+    """Remember the stream for the end of the process, as long as somebody holds it.
+
+    Not left to ``weakref.finalize``, which runs at exit at a moment that depends on who first used it in this process:
+    this hook is registered after that of `vluna_llm.vluna` and so runs before it, while there is somebody to deliver.
+    """
+    global _at_exit
+    if not _at_exit:
+        _at_exit = True
+        atexit.register(_forget_open)
+    _open_streams.add(stream)
+
+
+def _forget_open() -> None:
+    for stream in list(_open_streams):
+        stream._watch.forgotten()
+
+
+_at_exit = False
 
 _draining: set[asyncio.Task[None]] = set()  # a loop keeps only weak references to its tasks
 

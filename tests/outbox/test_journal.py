@@ -172,3 +172,85 @@ def test_a_file_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     assert heir.adopt("https://gate/mgt/v1", "realm") == []
     assert path.exists()
     heir.close()
+
+
+def test_a_refused_call_is_pruned_like_a_settled_one_and_says_what_it_is(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for n in range(1_200):
+        journal.insert(row(f"no-{n}", state=OperationState().denied(), ended_at=10.0))
+    journal.insert(row("flying", ended_at=None))
+    assert journal.path is not None
+    with sqlite3.connect(f"file:{journal.path}?mode=ro", uri=True) as db:
+        assert db.execute("SELECT DISTINCT next_step FROM operations WHERE admission = 'denied'").fetchall() == [
+            ("done: the gate refused the call",)
+        ]
+    assert journal.prune(2_000.0) == 1_200
+    assert [found.operation_id for found in journal.rows()] == ["flying"]
+    journal.close()
+
+
+def test_a_long_backlog_is_taken_over_piece_by_piece(tmp_path: Path) -> None:
+    owner = Journal(tmp_path)
+    for n in range(1_300):
+        owner.insert(row(f"op-{n}", state=DONE))
+    owner.close()
+    heir = Journal(tmp_path)
+    taking = heir.adopting("https://gate/mgt/v1", "realm")
+    next(taking)
+    heir.insert(row("mine"))
+    assert 1 < heir.counts()["pending"] < 1_300
+    assert len(list(taking)) == 1_299
+    assert heir.counts() == {"pending": 1_300, "none": 1}
+    assert len(list(tmp_path.glob("*.sqlite3"))) == 1
+    heir.close()
+
+
+def test_a_takeover_that_was_interrupted_is_finished_by_the_next_and_doubles_nothing(tmp_path: Path) -> None:
+    owner = Journal(tmp_path)
+    for n in range(600):
+        owner.insert(row(f"op-{n}", state=DONE))
+    owner.close()
+    interrupted = Journal(tmp_path)
+    taking = interrupted.adopting("https://gate/mgt/v1", "realm")
+    next(taking)
+    taking.close()
+    interrupted.update(row("op-0", state=DONE), row("op-0", state=DONE.sent().booked()))
+    assert len(interrupted.adopt("https://gate/mgt/v1", "realm")) == 100
+    found = interrupted.get("op-0")
+    assert found is not None
+    assert found.state.settlement == "booked", "what is known here is newer than what the file says"
+    assert sum(interrupted.counts().values()) == 600
+    interrupted.close()
+
+
+def test_a_file_of_the_first_version_is_read_and_taken_over(tmp_path: Path) -> None:
+    from vluna_llm.outbox.reading import read_journal
+
+    owner = Journal(tmp_path)
+    owner.insert(row(state=DONE))
+    owner.close()
+    (path,) = tmp_path.glob("*.sqlite3")
+    with sqlite3.connect(path) as db:
+        db.execute("ALTER TABLE operations DROP COLUMN trace_flags")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    assert [found.operation_id for found in read_journal(path).rows] == ["op-1"]
+    heir = Journal(tmp_path)
+    assert [found.operation_id for found in heir.adopt("https://gate/mgt/v1", "realm")] == ["op-1"]
+    heir.close()
+
+
+def test_somebody_who_opened_the_file_by_hand_holds_a_caller_up_for_a_moment_only(tmp_path: Path) -> None:
+    import time
+
+    journal = Journal(tmp_path)
+    assert journal.path is not None
+    with sqlite3.connect(journal.path, isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        started = time.monotonic()
+        with pytest.raises(OutboxUnavailable, match="locked"):
+            journal.insert(row())
+        assert time.monotonic() - started < 1.5
+    other.close()
+    journal.insert(row())
+    journal.close()

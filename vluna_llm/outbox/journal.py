@@ -9,26 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import OutboxUnavailable
 from ..operation import Settlement
+from ..reentry import held
 from .lock import FileLock
 from .row import COLUMNS, Row, changed_values, from_values, insert_values
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+log = logging.getLogger("vluna_llm")
 
 _SELECT = "SELECT * FROM operations"
 _CHECKPOINT_EVERY = 500
 """Writes between checkpoints, which wait for the disk and are therefore not for the caller's thread."""
 _CHECKPOINT_AT_LAST = 20_000
 """Pages of write-ahead log after which the caller's thread does it all the same: nobody else did."""
+
+_AT_ONCE = 500
+"""Rows that are moved or dropped while callers wait for the journal."""
+_PATIENCE = 0.25
+"""Seconds that a caller, maybe an event loop, waits for somebody who opened this process's own file by hand."""
+_PATIENCE_WITH_OTHERS = 5.0
 
 Verb = Literal["INSERT", "INSERT OR IGNORE", "INSERT OR REPLACE"]
 
@@ -58,7 +68,7 @@ class Journal:
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
         self.path: Path | None = None
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._lock: FileLock | None = None
         self._writes = 0
         try:
@@ -83,6 +93,10 @@ class Journal:
         """Store a new operation. The row is on its way to disk before this returns."""
         self._insert("INSERT", row)
 
+    def insert_new(self, row: Row) -> bool:
+        """Store a new operation; False where there is one of this id."""
+        return self._insert("INSERT OR IGNORE", row).rowcount == 1
+
     def update(self, old: Row, new: Row) -> None:
         """Store what changed in an operation."""
         changed = changed_values(old, new)
@@ -93,9 +107,9 @@ class Journal:
         """Store an operation whose first write failed, or whose file was given up meanwhile."""
         self._insert("INSERT OR REPLACE", row)
 
-    def _insert(self, verb: Verb, row: Row) -> None:
+    def _insert(self, verb: Verb, row: Row) -> sqlite3.Cursor:
         values = insert_values(row)
-        self._execute(_insert_sql(verb, tuple(values)), tuple(values.values()))
+        return self._execute(_insert_sql(verb, tuple(values)), tuple(values.values()))
 
     def checkpoint(self) -> None:
         """Move what was logged into the file, where enough of it waits: for the settler, off the caller's path."""
@@ -107,13 +121,27 @@ class Journal:
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def prune(self, older_than: float) -> int:
-        """Drop rows that are settled for good and ended before ``older_than`` (seconds since the epoch)."""
-        cursor = self._execute(
-            "DELETE FROM operations WHERE settlement IN ('booked', 'rebooked', 'lapsed') "
-            "AND work != 'parked' AND coalesce(ended_at, created_at) < ?",
-            (older_than,),
-        )
-        return cursor.rowcount
+        """Drop rows that are done and ended before ``older_than`` (seconds since the epoch); the refused calls too.
+
+        A few hundred at a time, oldest first, so that no caller waits long for the journal.
+        """
+        dropped, after = 0, 0
+        while True:
+            with self._writing():
+                found = self._db.execute(
+                    "SELECT rowid, created_at FROM operations WHERE rowid > ? ORDER BY rowid LIMIT ?", (after, _AT_ONCE)
+                ).fetchall()
+                if not found:
+                    return dropped
+                first, after = after, found[-1]["rowid"]
+                dropped += self._db.execute(
+                    "DELETE FROM operations WHERE rowid > ? AND rowid <= ? AND work != 'parked' AND "
+                    "(settlement IN ('booked', 'rebooked', 'lapsed') OR admission = 'denied') "
+                    "AND coalesce(ended_at, created_at) < ?",
+                    (first, after, older_than),
+                ).rowcount
+            if found[-1]["created_at"] >= older_than:
+                return dropped
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -147,57 +175,91 @@ class Journal:
 
     # -- adoption --------------------------------------------------------------------------------------------------
 
-    def adopt(self, base_url: str, realm_id: str) -> list[Row]:
-        """Take over the journals of dead processes in this directory; gives the rows that need care.
+    def adopt(self, base_url: str, realm_id: str, paths: Sequence[Path] | None = None) -> list[Row]:
+        """All that `adopting` gives, at once."""
+        return list(self.adopting(base_url, realm_id, paths))
+
+    def adopting(self, base_url: str, realm_id: str, paths: Sequence[Path] | None = None) -> Iterator[Row]:
+        """Take over the journals of dead processes in this directory; gives the rows that need care, one by one.
 
         Settlements on their way keep their keys and bytes. Operations that were in flight become ``lost``: nobody
         will ever know their usage, nothing is cancelled and nothing is charged. Files that hold rows of another gate
-        or realm are left alone.
+        or realm are left alone, and so is one that cannot be read: it is told, and never keeps the others waiting.
+
+        Args:
+            base_url: the gate to which rows may be delivered.
+            realm_id: the realm.
+            paths: only these files, instead of all in the directory.
         """
         if self.directory is None or self.path is None:
-            return []
-        taken: list[Row] = []
-        for path in sorted(self.directory.glob("journal-*.sqlite3")):
-            if path != self.path:
-                with contextlib.suppress(OSError, sqlite3.Error):
-                    taken += self._adopt_file(path, base_url, realm_id)
-        return taken
+            return
+        for path in sorted(self.directory.glob("journal-*.sqlite3")) if paths is None else paths:
+            if path == self.path:
+                continue
+            try:
+                yield from self._adopt_file(path, base_url, realm_id)
+            except Exception as error:  # a damaged file, a full disk, a row of another version
+                log.error("The journal %s of a process that ended cannot be taken over: %s", path, error)
 
-    def _adopt_file(self, path: Path, base_url: str, realm_id: str) -> list[Row]:
+    def _adopt_file(self, path: Path, base_url: str, realm_id: str) -> Iterator[Row]:
         lock = FileLock(path.with_suffix(".lock"))
-        if not lock.acquire():
-            return []
+        if not path.exists() or not lock.acquire():
+            return
         try:
             if not path.exists():
-                return []
-            db = _connect(str(path))
-            try:
+                return
+            with contextlib.closing(_connect(str(path), _PATIENCE_WITH_OTHERS)) as db:
                 _migrate(db)
-                rows = [from_values(values) for values in db.execute(_SELECT).fetchall()]
-            finally:
-                db.close()
-            if any(row.base_url != base_url or row.realm_id != realm_id for row in rows):
-                return []
-            kept = [row.with_state(row.state.owner_died()) for row in rows if not row.state.is_settled]
-            with self._writing():
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    for row in kept:
-                        values = insert_values(row)
-                        self._db.execute(_insert_sql("INSERT OR IGNORE", tuple(values)), tuple(values.values()))
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    self._db.execute("ROLLBACK")
-                    raise
+                (foreign,) = db.execute(
+                    "SELECT count(*) FROM operations WHERE base_url != ? OR realm_id != ?", (base_url, realm_id)
+                ).fetchone()
+                if foreign:
+                    return
+                rows = db.execute(_SELECT + " ORDER BY rowid")
+                while found := rows.fetchmany(_AT_ONCE):
+                    read = [from_values(values) for values in found]
+                    kept = [row.with_state(row.state.owner_died()) for row in read if not row.state.is_settled]
+                    yield from self._take_over(kept)
             _remove(path)
-            return kept
         finally:
             lock.release(remove=not path.exists())
 
+    def _take_over(self, rows: Sequence[Row]) -> list[Row]:
+        """Store the rows of another journal that are not here already; gives those that were new.
+
+        A file is removed only when all of it is stored. What a crash in between leaves in two places carries the same
+        keys in both, so that it is booked once.
+        """
+        new: list[Row] = []
+        with self._writing():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                for row in rows:
+                    if self._insert("INSERT OR IGNORE", row).rowcount == 1:
+                        new.append(row)
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+        return new
+
     # -- end -------------------------------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Give the file up: removed where it holds nothing that anybody has to look at, else free to be adopted."""
+    @property
+    def entered(self) -> bool:
+        """Whether this thread is inside the journal."""
+        return held(self._guard)
+
+    def left_to_parent(self) -> None:
+        """In a forked child: close the copy of the lock, which would outlive the parent; the parent's own stays."""
+        if self._lock is not None:
+            self._lock.forget()
+
+    def close(self) -> bool:
+        """Give the file up: removed where it holds nothing that anybody has to look at, else free to be adopted.
+
+        True where the file is kept.
+        """
         with self._guard:
             keep = True
             try:
@@ -212,6 +274,7 @@ class Journal:
             if self.path is not None and not keep:
                 _remove(self.path)
             self._release(remove=not keep)
+        return keep and self.path is not None
 
     def _release(self, *, remove: bool = False) -> None:
         if self._lock is not None:
@@ -245,8 +308,8 @@ class Journal:
     _reading = _writing
 
 
-def _connect(target: str) -> sqlite3.Connection:
-    db = sqlite3.connect(target, check_same_thread=False, isolation_level=None, timeout=5.0, cached_statements=64)
+def _connect(target: str, patience: float = _PATIENCE) -> sqlite3.Connection:
+    db = sqlite3.connect(target, check_same_thread=False, isolation_level=None, timeout=patience, cached_statements=64)
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
@@ -258,10 +321,15 @@ def _migrate(db: sqlite3.Connection) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA_VERSION:
         raise sqlite3.DatabaseError(f"written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})")
-    if version == 0:
-        columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-        db.execute(f"CREATE TABLE IF NOT EXISTS operations ({columns})")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    if version == SCHEMA_VERSION:
+        return
+    columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+    db.execute(f"CREATE TABLE IF NOT EXISTS operations ({columns})")
+    there = {column["name"] for column in db.execute("PRAGMA table_info(operations)")}
+    for name, kind in COLUMNS.items():
+        if name not in there:
+            db.execute(f"ALTER TABLE operations ADD COLUMN {name} {kind}")
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _remove(path: Path) -> None:

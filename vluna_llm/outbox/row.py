@@ -61,6 +61,7 @@ class Row:
     request_id: str | None = None
     trace_id: str | None = None
     span_id: str | None = None
+    trace_flags: int | None = None
     ended_at: float | None = None
     path: str | None = None
     body: bytes | None = None
@@ -113,6 +114,7 @@ COLUMNS: Mapping[str, str] = {
     "request_id": "TEXT",
     "trace_id": "TEXT",
     "span_id": "TEXT",
+    "trace_flags": "INTEGER",
     "ended_at": "REAL",
     "path": "TEXT",
     "body": "BLOB",
@@ -153,7 +155,7 @@ def _state_values(state: OperationState) -> dict[str, Any]:
         "route": state.route,
         "dialect": state.dialect,
         "cancel_sent": int(state.cancel_sent),
-        "next_step": NEXT_STEP[state.settlement],
+        "next_step": "done: the gate refused the call" if state.admission == "denied" else NEXT_STEP[state.settlement],
     }
     usage = state.usage
     if usage is not None:
@@ -202,7 +204,8 @@ def from_values(values: Mapping[str, Any]) -> Row:
         usage_source=source,
         cancel_sent=bool(values["cancel_sent"]),
     )
-    plain = {name: values[name] for name in _PLAIN}
+    there = set(values.keys())  # a file of an older version lacks the columns that were added since
+    plain = {name: values[name] for name in _PLAIN if name in there}
     labels = json.loads(values["labels"]) if values["labels"] else None
     derived, unsplit = (bool(values[name]) for name in _FLAGS)
     return Row(**plain, state=state, labels=labels, derived=derived, unsplit=unsplit)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from contextvars import ContextVar, Token
@@ -12,6 +14,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 from .identity import validate_id, validate_labels
+from .reentry import held
 from .types import Receipt
 from .usage.types import TokenUsage
 
@@ -120,6 +123,9 @@ class _Entry:
     estimated_xusd: int
 
 
+_scopes: weakref.WeakSet[Scope] = weakref.WeakSet()
+
+
 class Scope:
     """What was spent inside one ``with call_context(...)``, nested contexts included.
 
@@ -128,8 +134,10 @@ class Scope:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._guard = threading.RLock()
+        self._changed = threading.Condition(self._guard)
         self._pending: dict[str, _Entry] = {}
+        _scopes.add(self)
         self._receipts: deque[Receipt] = deque(maxlen=_MAX_RECEIPTS)
         self._usage = TokenUsage()
         self._settled_xusd = 0
@@ -187,6 +195,18 @@ class Scope:
         if not self.pending:
             return True
         return await asyncio.to_thread(self.wait, timeout)
+
+    @property
+    def entered(self) -> bool:
+        """Whether this thread is changing or reading the sums at this moment."""
+        return held(self._guard)
+
+    def after_fork(self) -> None:
+        """In a forked child: the parent's operations are the parent's, and so is the thread that held the lock."""
+        self._guard = threading.RLock()
+        self._changed = threading.Condition(self._guard)
+        self._pending.clear()
+        self._estimated_xusd = 0
 
     # -- told by the lifecycle, from any thread ------------------------------------------------------------------
 
@@ -291,3 +311,12 @@ class call_context:
 
 
 _EMPTY = CallContext()
+
+
+def _forked() -> None:
+    for scope in list(_scopes):
+        scope.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -64,5 +64,16 @@ def validate_labels(labels: Mapping[str, object]) -> dict[str, str]:
         text = str(value)
         if len(text) > MAX_LABEL_LENGTH:
             raise ConfigurationError(f"labels[{key!r}] has {len(text)} characters; use at most {MAX_LABEL_LENGTH}.")
+        if plain_text(text) != text or plain_text(key) != key:
+            raise ConfigurationError(
+                f"labels[{key!r}] has a character that cannot be stored (NUL or half a surrogate pair); remove it."
+            )
         clean[key] = text
     return clean
+
+
+def plain_text(value: object) -> str | None:
+    """What a provider or caller named, as text that can be stored and sent: bounded, without NUL or half surrogates."""
+    if value is None:
+        return None
+    return str(value)[:MAX_LABEL_LENGTH].replace("\x00", "").encode("utf-8", "replace").decode("utf-8")

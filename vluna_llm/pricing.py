@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from .errors import GateUnavailable
 from .usage.features import MeterNames
 
 TTL_SECONDS = 60.0
@@ -48,7 +49,12 @@ class PriceBook:
             found = self._known.get(feature_code)
         if found is not None and self._clock() - found[0] < TTL_SECONDS:
             return found[1]
-        prices = self._fetch(feature_code, principal_id, user_id)
+        try:
+            prices = self._fetch(feature_code, principal_id, user_id)
+        except GateUnavailable:
+            if found is None:
+                raise
+            return found[1]
         with self._guard:
             if len(self._known) >= _MAX_FEATURES:
                 self._known.pop(next(iter(self._known)))

@@ -67,10 +67,11 @@ _WARNING_HINTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class SpanRef:
-    """Trace and span id of the model call, as the journal keeps them (hexadecimal)."""
+    """Trace and span id of the model call, as the journal keeps them (hexadecimal), and whether it is sampled."""
 
     trace_id: str
     span_id: str
+    flags: int = 0
 
     @classmethod
     def current(cls) -> SpanRef | None:
@@ -78,14 +79,17 @@ class SpanRef:
         context = trace.get_current_span().get_span_context()
         if not context.is_valid:
             return None
-        return cls(format(context.trace_id, "032x"), format(context.span_id, "016x"))
+        return cls(format(context.trace_id, "032x"), format(context.span_id, "016x"), int(context.trace_flags))
 
     def context(self) -> Context:
         """An OpenTelemetry context that links an event to that span."""
         return trace.set_span_in_context(
             trace.NonRecordingSpan(
                 trace.SpanContext(
-                    int(self.trace_id, 16), int(self.span_id, 16), is_remote=True, trace_flags=trace.TraceFlags(1)
+                    int(self.trace_id, 16),
+                    int(self.span_id, 16),
+                    is_remote=True,
+                    trace_flags=trace.TraceFlags(self.flags),
                 )
             )
         )
@@ -93,7 +97,7 @@ class SpanRef:
     @property
     def traceparent(self) -> str:
         """The W3C ``traceparent`` header value."""
-        return f"00-{self.trace_id}-{self.span_id}-01"
+        return f"00-{self.trace_id}-{self.span_id}-{self.flags:02x}"
 
 
 class Telemetry:

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from .context import CallContext
-from .errors import GateError, GateUnavailable, OutboxUnavailable
+from .errors import GateError, GateUnavailable, OutboxUnavailable, VlunaError
 from .ledger import Watch, ended
 from .lifecycle import Operation
 from .operation import OperationState
 from .outbox import Row
 from .policy import Breaker, Decision, RecentDenials, UngatedCap, counts_as_down, decide, not_asked
+from .process import Process
+from .reporting import attributes_of, span_of
 from .runtime import Runtime
 from .settings import Mode, Settings
-from .settler import attributes_of, span_of
 from .telemetry import Telemetry
 from .types import Lease
 from .usage.estimate import Estimate
@@ -66,24 +67,32 @@ class Admissions:
         self._cap = UngatedCap()
         self._denials = RecentDenials()
 
-    def store(self, runtime: Runtime, prepared: Prepared, features: FeatureMap) -> Watch:
+    def store(self, process: Process, prepared: Prepared, mode: Mode, features: FeatureMap) -> None:
         """Keep the row before anything is asked of anybody.
 
         Raises:
-            OutboxUnavailable: it cannot be kept, and ``on_outbox_unavailable="deny"``.
+            OutboxUnavailable: it cannot be kept, and ``on_outbox_unavailable="deny"``; never in observe mode.
         """
+        prepared.watch = process.write(lambda runtime: self._store(runtime, prepared, mode, features))
+
+    def guess(self, runtime: Runtime, prepared: Prepared, features: FeatureMap) -> int:
+        """What the call will cost by its estimate, in XUSD; asked only where a scope shows it."""
+        row = prepared.row
+        if not prepared.context.scopes:
+            return 0
+        names = features.names(row.feature_code)
+        return runtime.prices.guess(row.feature_code, names, row.estimated_input, row.estimated_output)
+
+    def _store(self, runtime: Runtime, prepared: Prepared, mode: Mode, features: FeatureMap) -> Watch:
         row, scopes = prepared.row, prepared.context.scopes
-        guess = 0
-        if scopes:
-            names = features.names(row.feature_code)
-            guess = runtime.prices.guess(row.feature_code, names, row.estimated_input, row.estimated_output)
+        guess = self.guess(runtime, prepared, features)
         failure = runtime.outbox_failure
         if failure is None:
             try:
                 return runtime.ledger.open(row, scopes, guess)
             except OutboxUnavailable as error:
                 failure = error
-        if self._settings.on_outbox_unavailable == "deny":
+        if self._settings.on_outbox_unavailable == "deny" and mode == "enforce":
             raise OutboxUnavailable(f"{failure}; VLUNA_LLM_ON_OUTBOX_UNAVAILABLE is 'deny', so the call is not made.")
         self._telemetry.emit(
             "vluna.internal_error",
@@ -99,12 +108,11 @@ class Admissions:
 
     def decide(
         self,
-        runtime: Runtime,
+        process: Process,
         prepared: Prepared,
         outcome: Lease | GateError,
         mode: Mode,
-        running: Callable[[], Runtime],
-    ) -> Operation | None:
+    ) -> Operation:
         """Admit the call, or raise the refusal."""
         row = prepared.row
         now = time.monotonic()
@@ -120,32 +128,69 @@ class Admissions:
         if outcome.hints:
             self._telemetry.hints(outcome.hints, "authorize", attributes_of(row), span=span_of(row))
         if decision.action == "refuse":
-            self._refused(runtime, prepared, decision)
+            self._refused(process, prepared, decision)
             assert decision.error is not None
             raise decision.error
         if isinstance(outcome, Lease):
-            return self._operation(runtime, prepared, outcome, running)
+            return self._operation(process, prepared, outcome)
         self._tell_ungated(row, decision)
-        return self.admit_ungated(runtime, prepared, running)
+        return self._admit_ungated(process, prepared)
 
-    def admit_ungated(self, runtime: Runtime, prepared: Prepared, running: Callable[[], Runtime]) -> Operation:
-        """Let the call run without a lease; its usage is booked by ingest."""
-        self._cap.count(prepared.row.principal_id, time.monotonic())
-        return self._operation(runtime, prepared, None, running)
+    def rescue(self, process: Process, prepared: Prepared, error: BaseException, mode: Mode) -> Operation | None:
+        """What becomes of a call whose admission raised: refused, run without a lease, or given up.
 
-    def give_up(self, runtime: Runtime, prepared: Prepared) -> None:
-        """The caller was cancelled while the gate was asked: nothing ran, nothing is owed, the lease lapses."""
-        row = runtime.ledger.apply(
-            prepared.row.operation_id,
-            lambda now: dataclasses.replace(ended(now), state=now.state.outcome_unknown().lapsed()),
+        Whoever waits for it is told in each case, and only what the caller should see is raised.
+        """
+        if isinstance(error, VlunaError):
+            if prepared.watch is not None and not prepared.watch.closed:
+                self._end(process, prepared, lambda state: state.denied())
+            if mode == "enforce":
+                raise error
+            self.tell_unmetered(error)
+            return None
+        if not isinstance(error, Exception):
+            # The caller was cancelled while the gate was asked: nothing ran, nothing is owed, the lease lapses.
+            self._end(process, prepared, lambda state: state.outcome_unknown().lapsed())
+            raise error
+        self._telemetry.internal_error("vluna.begin")
+        try:
+            if prepared.watch is not None:
+                return self._admit_ungated(process, prepared)
+        except Exception:
+            self._telemetry.internal_error("vluna.begin")
+        return None
+
+    def tell_unmetered(self, error: VlunaError) -> None:
+        """In observe mode a call that could not be billed as it is asked for runs all the same."""
+        self._telemetry.emit(
+            "vluna.endpoint.unmetered",
+            "error",
+            {"error.type": type(error).__name__},
+            message=f"{error} The call goes on and nobody is billed for it, since the mode is 'observe'",
         )
-        runtime.ledger.settled(row or prepared.row, None)
 
     # -- plumbing --------------------------------------------------------------------------------------------------
 
-    def _operation(
-        self, runtime: Runtime, prepared: Prepared, lease: Lease | None, running: Callable[[], Runtime]
-    ) -> Operation:
+    def _admit_ungated(self, process: Process, prepared: Prepared) -> Operation:
+        """Let the call run without a lease; its usage is booked by ingest."""
+        self._cap.count(prepared.row.principal_id, time.monotonic())
+        return self._operation(process, prepared, None)
+
+    def _end(self, process: Process, prepared: Prepared, step: Callable[[OperationState], OperationState]) -> None:
+        def end(runtime: Runtime) -> None:
+            row = runtime.ledger.apply(
+                prepared.row.operation_id, lambda now: dataclasses.replace(ended(now), state=step(now.state))
+            )
+            runtime.ledger.settled(row or prepared.row, None)
+
+        try:
+            process.write(end)
+        except Exception:
+            self._telemetry.internal_error("vluna.begin")
+        if prepared.watch is not None:
+            prepared.watch.close(prepared.row.operation_id, None)
+
+    def _operation(self, process: Process, prepared: Prepared, lease: Lease | None) -> Operation:
         def admitted(row: Row) -> Row:
             if lease is None:
                 return row.with_state(row.state.ungated().started())
@@ -159,23 +204,25 @@ class Admissions:
                 feature_family_code=lease.feature_family_code or row.feature_family_code,
             )
 
-        row = runtime.ledger.apply(prepared.row.operation_id, admitted, fallback=prepared.row)
-        assert prepared.watch is not None
+        watch = prepared.watch
+        assert watch is not None
+        row = process.write(
+            lambda runtime: runtime.ledger.apply(
+                prepared.row.operation_id, admitted, fallback=prepared.row, watch=watch
+            )
+        )
         return Operation(
-            running,
+            process,
             row or prepared.row,
-            watch=prepared.watch,
+            watch=watch,
             lease=lease,
             estimate=prepared.estimate,
             on_abort=self._settings.on_abort,
             settle_inline=self._settings.settle == "inline",
         )
 
-    def _refused(self, runtime: Runtime, prepared: Prepared, decision: Decision) -> None:
-        row = runtime.ledger.apply(
-            prepared.row.operation_id, lambda now: dataclasses.replace(ended(now), state=now.state.denied())
-        )
-        runtime.ledger.settled(row or prepared.row, None)
+    def _refused(self, process: Process, prepared: Prepared, decision: Decision) -> None:
+        self._end(process, prepared, lambda state: state.denied())
         error = decision.error
         self._telemetry.emit(
             "vluna.operation.denied",

@@ -6,19 +6,29 @@ composed either withdraws it or follows it, and never slips between.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from .context import Scope
 from .errors import OutboxUnavailable
 from .outbox import Journal, Row
+from .reentry import held
+from .settlement import receipt_of
 from .telemetry import Telemetry
 from .types import Receipt
 
 _CACHED_ROWS = 5_000
+
+Guard = contextlib.AbstractContextManager[bool]
+
+
+class LedgerClosed(Exception):
+    """The runtime was closed while an operation was about to be written: it belongs into the next one."""
 
 
 class Watch:
@@ -26,7 +36,7 @@ class Watch:
 
     __slots__ = ("_callbacks", "_guard", "closed", "receipt", "scopes")
 
-    def __init__(self, scopes: tuple[Scope, ...], guard: threading.Lock) -> None:
+    def __init__(self, scopes: tuple[Scope, ...], guard: Guard) -> None:
         self.scopes = scopes
         self.closed = False
         self.receipt: Receipt | None = None
@@ -72,8 +82,9 @@ class Ledger:
     def __init__(self, journal: Journal, telemetry: Telemetry) -> None:
         self.journal = journal
         self._telemetry = telemetry
-        self._guard = threading.Lock()
-        self._watching = threading.Lock()
+        self._guard = threading.RLock()
+        self._watching = threading.RLock()
+        self.closed = False
         self._rows: OrderedDict[str, Row] = OrderedDict()
         self._unwritten: dict[str, Row] = {}
         self._watches: dict[str, Watch] = {}
@@ -85,6 +96,7 @@ class Ledger:
             OutboxUnavailable: the journal cannot be written; nothing was kept.
         """
         with self._guard:
+            self._refuse_if_closed()
             self.journal.insert(row)
             self._remember(row)
         return self._watch(row.operation_id, scopes, estimated_xusd)
@@ -92,8 +104,25 @@ class Ledger:
     def keep_in_memory(self, row: Row, scopes: tuple[Scope, ...], estimated_xusd: int) -> Watch:
         """Take an operation whose row could not be written."""
         with self._guard:
+            self._refuse_if_closed()
             self._unwritten[row.operation_id] = row
         return self._watch(row.operation_id, scopes, estimated_xusd)
+
+    def open_once(self, row: Row, scopes: tuple[Scope, ...], estimated_xusd: int) -> bool:
+        """`open` for an operation whose id several callers arrive at; False where it is known already."""
+        with self._guard:
+            self._refuse_if_closed()
+            if self._find(row.operation_id) is not None:
+                return False
+            try:
+                if not self.journal.insert_new(row):
+                    return False
+                self._remember(row)
+            except OutboxUnavailable as error:
+                self._unwritten[row.operation_id] = row
+                self._tell_unwritten(row.operation_id, error)
+        self._watch(row.operation_id, scopes, estimated_xusd)
+        return True
 
     def _watch(self, operation_id: str, scopes: tuple[Scope, ...], estimated_xusd: int) -> Watch:
         watch = Watch(scopes, self._watching)
@@ -107,12 +136,26 @@ class Ledger:
         with self._guard:
             return self._find(operation_id)
 
-    def apply(self, operation_id: str, change: Callable[[Row], Row], *, fallback: Row | None = None) -> Row | None:
+    def apply(
+        self,
+        operation_id: str,
+        change: Callable[[Row], Row],
+        *,
+        fallback: Row | None = None,
+        watch: Watch | None = None,
+    ) -> Row | None:
         """Replace a row by ``change(row)`` and store it where it differs; gives the row as it now stands.
 
-        ``fallback`` is taken where no such row is known any more (its journal was closed meanwhile).
+        ``fallback`` is taken where no such row is known any more (its journal was closed meanwhile), and ``watch`` is
+        who waits for it.
+
+        Raises:
+            LedgerClosed: nothing was changed; the next runtime has to be asked.
         """
         with self._guard:
+            self._refuse_if_closed()
+            if watch is not None and not watch.closed:
+                self._watches.setdefault(operation_id, watch)
             row = self._find(operation_id)
             if row is None:
                 if fallback is None:
@@ -128,11 +171,44 @@ class Ledger:
         """Nothing more will be sent for this operation by itself: tell who waits."""
         with self._guard:
             self._rows.pop(row.operation_id, None)
+            if row.state.is_settled:
+                self._unwritten.pop(row.operation_id, None)
             watch = self._watches.pop(row.operation_id, None)
         if watch is not None:
             watch.close(row.operation_id, receipt)
 
+    def adopt(self, base_url: str, realm_id: str, paths: Sequence[Path] | None) -> Iterator[Row]:
+        """The rows of dead processes that need care, taken over one after another (`Journal.adopting`)."""
+        return self.journal.adopting(base_url, realm_id, paths)
+
+    @property
+    def entered(self) -> bool:
+        """Whether this thread is inside a critical section of the ledger or its journal."""
+        return held(self._guard) or held(self._watching) or self.journal.entered
+
+    def close(self) -> bool:
+        """Give up the journal; True where its file is kept. Who waits for a settlement is told that it is held.
+
+        Operations that are still in flight go on: they end in the runtime that comes next.
+        """
+        with self._guard:
+            self.closed = True
+            for key, unwritten in list(self._unwritten.items()):
+                with contextlib.suppress(OutboxUnavailable):
+                    self.journal.replace(unwritten)
+                    del self._unwritten[key]
+            waiting = [(row, watch) for key, watch in self._watches.items() if (row := self._find(key)) is not None]
+            kept = self.journal.close()
+        for row, watch in waiting:
+            if row.state.settlement in ("pending", "sent"):
+                watch.close(row.operation_id, receipt_of(row, "held", None, "not delivered before close"))
+        return kept
+
     # -- plumbing --------------------------------------------------------------------------------------------------
+
+    def _refuse_if_closed(self) -> None:
+        if self.closed:
+            raise LedgerClosed
 
     def _find(self, operation_id: str) -> Row | None:
         row = self._rows.get(operation_id) or self._unwritten.get(operation_id)
@@ -154,14 +230,17 @@ class Ledger:
         except OutboxUnavailable as error:
             self._unwritten[key] = row
             self._rows.pop(key, None)
-            self._telemetry.emit(
-                "vluna.internal_error",
-                "error",
-                {"vluna.operation.id": key, "error.type": "OutboxUnavailable"},
-                message=f"{error}; the operation is kept in memory only",
-            )
+            self._tell_unwritten(key, error)
         else:
             self._remember(row)
+
+    def _tell_unwritten(self, operation_id: str, error: OutboxUnavailable) -> None:
+        self._telemetry.emit(
+            "vluna.internal_error",
+            "error",
+            {"vluna.operation.id": operation_id, "error.type": "OutboxUnavailable"},
+            message=f"{error}; the operation is kept in memory only",
+        )
 
     def _remember(self, row: Row) -> None:
         self._rows[row.operation_id] = row

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .ending import Ending, OnAbort, Verdict, judge
+from .identity import plain_text
 from .ledger import Watch, ended
 from .outbox import Row
+from .reporting import attributes_of, span_of
 from .settlement import receipt_of, withdrawn
-from .settler import attributes_of, span_of
 from .types import Lease, Receipt
 from .usage.types import TokenUsage
 
 if TYPE_CHECKING:
+    from .process import Process
     from .runtime import Runtime
     from .usage.estimate import Estimate
 
@@ -56,8 +58,8 @@ class Operation:
     __slots__ = (
         "_estimate",
         "_pid",
+        "_process",
         "_row",
-        "_runtime",
         "_used",
         "_watch",
         "lease",
@@ -68,7 +70,7 @@ class Operation:
 
     def __init__(
         self,
-        runtime: Callable[[], Runtime],
+        process: Process,
         row: Row,
         *,
         watch: Watch,
@@ -77,7 +79,7 @@ class Operation:
         on_abort: OnAbort,
         settle_inline: bool,
     ) -> None:
-        self._runtime = runtime
+        self._process = process
         self._row = row
         self._watch = watch
         self._estimate = estimate
@@ -95,46 +97,36 @@ class Operation:
 
     def finish(self, ending: Ending) -> None:
         """The answer ended, in whatever way; what that means for the bill is decided by `vluna_llm.ending.judge`."""
-        verdict = judge(
-            ending,
-            estimated_input=self._row.estimated_input,
-            estimated_output=self._row.estimated_output,
-            on_abort=self.on_abort,
+        self._settle(
+            lambda: judge(
+                ending,
+                estimated_input=self._row.estimated_input,
+                estimated_output=self._row.estimated_output,
+                on_abort=self.on_abort,
+            ),
+            response_id=ending.response_id,
         )
-        self._settle(verdict, response_id=ending.response_id)
 
     def record(self, usage: TokenUsage) -> None:
         """The caller says what was used."""
-        self._settle(Verdict("completed", usage, "caller"))
+        self._settle(lambda: Verdict("completed", usage, "caller"))
 
     def record_quantity(self, quantity: int) -> None:
         """The caller says how much was used, in the feature's own unit: priced as a whole, never split by meters."""
-        self._settle(Verdict("completed", TokenUsage(input_tokens=quantity), "caller"))
+        self._settle(lambda: Verdict("completed", TokenUsage(input_tokens=quantity), "caller"))
 
     def fail(self, error: BaseException | None = None) -> None:
         """No answer came: the provider refused, the connection failed, or the call was cancelled before."""
-        self._settle(Verdict("failed"), cause=type(error).__name__ if error is not None else None)
+        self._settle(lambda: Verdict("failed"), cause=type(error).__name__ if error is not None else None)
 
     def park(self, response_id: str | None) -> None:
         """The provider works on in the background; `Vluna.book_background` books what a retrieve brings."""
-        if os.getpid() != self._pid:
-            return
-        runtime = self._runtime()
-        try:
-            row = runtime.ledger.apply(
-                self.operation_id,
-                lambda now: dataclasses.replace(ended(now), state=now.state.parked(), response_id=response_id),
-                fallback=self._row,
-            )
-            if row is not None and row.state.work == "parked":
-                runtime.ledger.settled(row, None)
-        except Exception:
-            runtime.telemetry.internal_error("operation.park")
+        self._do("operation.park", lambda: self._process.write(lambda runtime: self._park(runtime, response_id)))
 
     def abandon(self, ending: Callable[[], Ending]) -> None:
         """The garbage collector found the answer: only take a note, in whatever thread or lock this is (rule 15)."""
         if os.getpid() == self._pid:
-            self._runtime().settler.abandoned(lambda: self.finish(ending()))
+            self._process.later(lambda: self.finish(ending()))
 
     # -- waiting for the receipt -----------------------------------------------------------------------------------
 
@@ -163,21 +155,52 @@ class Operation:
 
     # -- plumbing --------------------------------------------------------------------------------------------------
 
-    def _settle(self, verdict: Verdict, *, response_id: str | None = None, cause: str | None = None) -> None:
+    def _settle(self, verdict: Callable[[], Verdict], *, response_id: object = None, cause: str | None = None) -> None:
+        def settle() -> None:
+            found, said = verdict(), plain_text(response_id)
+            self._process.write(lambda runtime: self._settle_in(runtime, found, said, cause))
+
+        self._do("operation.settle", settle)
+
+    def _do(self, where: str, act: Callable[[], None]) -> None:
+        """Do it now, or soon where the garbage collector ran the caller inside one of our own locks. Never raises."""
         if os.getpid() != self._pid:
             return  # a forked child never settles its parent's operations
-        runtime = self._runtime()
-        try:
-            self._settle_in(runtime, verdict, response_id, cause)
-        except Exception:
-            runtime.telemetry.internal_error("operation.settle")
+
+        def safely() -> None:
+            try:
+                act()
+            except Exception:
+                self._process.internal_error(where)
+
+        if self._process.entered or any(scope.entered for scope in self._watch.scopes):
+            self._process.later(safely)
+        else:
+            safely()
+
+    def _park(self, runtime: Runtime, response_id: str | None) -> None:
+        row = runtime.ledger.apply(
+            self.operation_id,
+            lambda now: dataclasses.replace(
+                ended(self._known(now)), state=self._known(now).state.parked(), response_id=plain_text(response_id)
+            ),
+            fallback=self._row,
+            watch=self._watch,
+        )
+        if row is not None and row.state.work == "parked":
+            runtime.ledger.settled(row, None)
+
+    def _known(self, row: Row) -> Row:
+        """The row, or what we know better: that the call was admitted could not be written."""
+        return self._row if self._row.state.may_run and not row.state.may_run else row
 
     def _settle_in(self, runtime: Runtime, verdict: Verdict, response_id: str | None, cause: str | None) -> None:
         usage = verdict.usage
         changed = False
 
-        def change(now: Row) -> Row:
+        def change(found: Row) -> Row:
             nonlocal changed
+            now = self._known(found)
             if verdict.work == "completed":
                 assert usage is not None
                 state = now.state.completed(usage, verdict.source or "provider")
@@ -186,14 +209,14 @@ class Operation:
             else:
                 state = now.state.aborted()
             if state == now.state:
-                return now
+                return found
             changed = True
             row = now if now.body is None or state.route == now.state.route else withdrawn(now)
             return dataclasses.replace(
                 row, state=state, response_id=response_id or row.response_id, ended_at=time.time()
             )
 
-        row = runtime.ledger.apply(self.operation_id, change, fallback=self._row)
+        row = runtime.ledger.apply(self.operation_id, change, fallback=self._row, watch=self._watch)
         if row is None or not changed:
             return
         if usage is not None and not self._used:

@@ -164,6 +164,14 @@ class OperationState:
         """The repair was charged."""
         return replace(self, settlement="rebooked") if self.settlement == "sent" and self.route == "ingest" else self
 
+    @property
+    def is_repair(self) -> bool:
+        """Whether the ingest on its way books what a commit did not charge.
+
+        A leased operation is booked by ingest for two reasons only, and the other one is a cancel that was sent.
+        """
+        return self.route == "ingest" and self.admission == "leased" and not self.cancel_sent
+
     def refused(self) -> OperationState:
         """The gate will never take these bytes; an operator has to look."""
         return replace(self, settlement="refused") if self.settlement in ("pending", "sent") else self

@@ -7,11 +7,12 @@ goes on after ``close``.
 from __future__ import annotations
 
 import contextlib
-import os
+import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from .errors import OutboxUnavailable
 from .gate import answers
@@ -22,6 +23,7 @@ from .gate.requests import GateRequest
 from .ledger import Ledger
 from .outbox import Journal
 from .pricing import Price, PriceBook, Prices
+from .reentry import held
 from .settings import Settings
 from .settler import Settler
 from .telemetry import Telemetry, log
@@ -64,8 +66,10 @@ class Runtime:
         estimator: Estimator,
         telemetry: Telemetry,
         names: Callable[[str], MeterNames],
+        *,
+        notes: queue.SimpleQueue[Callable[[], None]],
+        predecessor: Path | None = None,
     ) -> None:
-        self.pid = os.getpid()
         self.settings = settings
         self.gate = gate
         self.async_gate = async_gate
@@ -74,7 +78,7 @@ class Runtime:
         self.forgone: Counter[str] = Counter()
         self._lessons: deque[tuple[str, Estimate, TokenUsage]] = deque(maxlen=1_000)
         self.closed = False
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self.outbox_failure: OutboxUnavailable | None = None
         try:
             journal = Journal(settings.outbox_directory())
@@ -95,31 +99,38 @@ class Runtime:
             telemetry,
             meters=settings.meters,
             names=names,
+            notes=notes,
             before_delivery=self._apply_lessons,
         )
+        if predecessor is not None:
+            # At once: operations that began before ``close`` end in this runtime, and must find their rows.
+            self._adopt([predecessor])
+        # Not on the caller's path: a directory may hold the backlog of a long outage.
+        self.settler.abandoned(self._adopt)
         self.settler.start()
-        self._adopt()
 
-    def _adopt(self) -> None:
+    def _adopt(self, paths: Sequence[Path] | None = None) -> None:
         """Take over what dead processes left behind in the same directory, for the same gate and realm."""
         base_url, realm_id, _, _ = self.settings.require_credentials()
-        try:
-            adopted = self.ledger.journal.adopt(base_url, realm_id)
-        except OutboxUnavailable:
-            self.telemetry.internal_error("runtime.adopt")
-            return
-        lost = 0
-        for row in adopted:
+        waiting = lost = total = 0
+        for row in self.ledger.adopt(base_url, realm_id, paths):
+            total += 1
             if row.state.settlement in ("pending", "sent"):
+                waiting += 1
                 self.settler.enqueue(row, due=row.next_attempt_at)
             lost += row.state.settlement == "lost"
-        if adopted:
+        if total and paths is None:
             log.warning(
                 "Took over %d unsettled operation(s) of processes that ended: %d to deliver, %d lost in flight.",
-                len(adopted),
-                sum(row.state.settlement in ("pending", "sent") for row in adopted),
+                total,
+                waiting,
                 lost,
             )
+
+    @property
+    def entered(self) -> bool:
+        """Whether this thread is inside a critical section of this runtime."""
+        return held(self._guard) or self.ledger.entered or self.settler.entered
 
     def _fetch_prices(self, feature_code: str, principal_id: str, user_id: str) -> Prices:
         meters = self.gate.meters(
@@ -140,9 +151,12 @@ class Runtime:
         self._lessons.append((feature_code, estimate, usage))
 
     def _apply_lessons(self) -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                self.estimator.update(*self._lessons.popleft())
+        try:
+            with contextlib.suppress(IndexError):
+                while True:
+                    self.estimator.update(*self._lessons.popleft())
+        except Exception:
+            self.telemetry.internal_error("runtime.learn")  # an estimate is worse for it, a settlement never later
 
     def count_forgone(self, principal_id: str, tokens: int) -> None:
         """Remember the generated tokens that an aborted call gives away, by principal."""
@@ -155,24 +169,27 @@ class Runtime:
         """Deliver what is pending; False where something is left after ``timeout`` seconds."""
         return self.settler.flush(timeout)
 
-    def close(self, timeout: float) -> bool:
-        """Deliver for at most ``timeout`` seconds, then stop; what is left waits in the journal."""
-        with self._guard:
-            if self.closed:
-                return True
-            self.closed = True
+    def stop(self, timeout: float) -> bool:
+        """Deliver for at most ``timeout`` seconds, then end the threads; False where something is left."""
         started = time.monotonic()
         delivered = self.settler.flush(timeout)
         self.settler.stop(max(0.2, timeout - (time.monotonic() - started)))
+        return delivered
+
+    def close(self) -> Path | None:
+        """Give up the journal; its file where something is left in it. Who waits is told that it is held."""
+        self.closed = True
         left = self.settler.outstanding
-        self.ledger.journal.close()
-        if not delivered and left:
-            where = self.ledger.journal.path
+        path = self.ledger.journal.path
+        kept = self.ledger.close()
+        if left:
             log.warning(
                 "%d settlement(s) are not delivered yet: %s",
                 left,
-                f"they wait in {where} and go out with the next process"
-                if where
-                else "they were in memory and are LOST",
+                f"they wait in {path} and go out with the next process" if path else "they were in memory and are LOST",
             )
-        return delivered
+        return path if kept else None
+
+    def left_to_parent(self) -> None:
+        """In a forked child: free the copy of the parent's lock, so that it does not outlive the parent."""
+        self.ledger.journal.left_to_parent()

@@ -26,6 +26,9 @@ from .usage.meters import MetersMode, compose_lines
 FAST_ATTEMPTS = 8
 """Deliveries in quick succession before a settlement is kept and tried slowly (gate contract, section 12)."""
 
+LONGEST_WAIT = 300.0
+"""Seconds between two deliveries at most, whatever a hint or a stored time says: clocks jump, and early is harmless."""
+
 Outcome = Literal["done", "repair", "held", "retry", "retry_slowly"]
 
 
@@ -199,14 +202,14 @@ def backoff(attempt: int, jitter: float) -> float:
 
     0.25 s doubling to 4 s, then, kept in the outbox, up to five minutes (gate contract, section 12).
     """
-    cap = 4.0 if attempt < FAST_ATTEMPTS else 300.0
+    cap = 4.0 if attempt < FAST_ATTEMPTS else LONGEST_WAIT
     base = min(cap, 0.25 * 2.0 ** min(attempt - 1, 12))
     return base * (0.5 + 0.5 * jitter)
 
 
 def slow_backoff(attempt: int, jitter: float) -> float:
     """Seconds between deliveries that need an operator's hand first: 15 s doubling to five minutes."""
-    return min(300.0, 15.0 * 2.0 ** min(attempt - 1, 6)) * (0.5 + 0.5 * jitter)
+    return min(LONGEST_WAIT, 15.0 * 2.0 ** min(attempt - 1, 6)) * (0.5 + 0.5 * jitter)
 
 
 def receipt_of(row: Row, state: ReceiptState, result: CommitResult | None, detail: str | None) -> Receipt:
@@ -214,7 +217,7 @@ def receipt_of(row: Row, state: ReceiptState, result: CommitResult | None, detai
     usage = row.state.usage
     tokens = None if row.unsplit else usage
     shown = result.amount_xusd if result is not None else None
-    charged = shown if state in ("booked", "rebooked") else 0
+    charged = shown if state in ("booked", "rebooked") else None if state == "held" else 0
     return Receipt(
         operation_id=row.operation_id,
         state=state,

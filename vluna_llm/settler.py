@@ -9,23 +9,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import heapq
-import json
 import queue
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from .errors import ConfigurationError, GateDenied, GateError, InvalidGateRequest
 from .gate.models import CancelResult, CommitResult
 from .gate.requests import POST_PATHS, GateRequest
-from .ledger import Ledger
+from .ledger import Ledger, LedgerClosed
 from .operation import OperationState
 from .outbox import Row
 from .pricing import PriceBook
+from .reentry import held
+from .reporting import attributes_of, receipt_json, span_of, tell_end
 from .settlement import (
+    LONGEST_WAIT,
     Verdict,
     backoff,
     compose,
@@ -39,14 +41,15 @@ from .settlement import (
     unpriced,
     withdrawn,
 )
-from .telemetry import SpanRef, Telemetry
-from .types import Receipt, ReceiptState
+from .telemetry import Telemetry
+from .types import ReceiptState
 from .usage.features import MeterNames
 from .usage.meters import MetersMode
 
 MAX_WORKERS = 8
 _PRUNE_EVERY = 300.0
 _KEEP_SETTLED = 3600.0
+_TIDY_EVERY = 60.0
 _LOUD_AFTER = 3
 
 Lane = tuple[str, str]
@@ -74,6 +77,7 @@ class Settler:
         *,
         meters: MetersMode,
         names: Callable[[str], MeterNames],
+        notes: queue.SimpleQueue[Callable[[], None]] | None = None,
         before_delivery: Callable[[], None] = lambda: None,
         retry_after: Callable[[int, float], float] = backoff,
     ) -> None:
@@ -85,9 +89,9 @@ class Settler:
         self._names = names
         self._before_delivery = before_delivery
         self._backoff = retry_after
-        guard = threading.RLock()
-        self._changed = threading.Condition(guard)  # work came, or the end
-        self._drained = threading.Condition(guard)  # something was delivered
+        self._guard = threading.RLock()
+        self._changed = threading.Condition(self._guard)  # work came, or the end
+        self._drained = threading.Condition(self._guard)  # something was delivered
         self._lanes: dict[Lane, deque[str]] = {}
         self._ready: deque[Lane] = deque()
         self._busy: set[Lane] = set()
@@ -98,22 +102,27 @@ class Settler:
         self._threads: list[threading.Thread] = []
         self._idle = 0
         self._stopping = False
-        self._orphans: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Shared with the runtimes before and after: a note outlives the runtime in which it was taken.
+        self._notes: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue() if notes is None else notes
         self._reaper: threading.Thread | None = None
         self._pruned_at = time.monotonic()
 
     # -- taking work -----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread that takes abandoned operations from finalizers. Called before the first operation."""
+        """Start the thread that takes the notes of finalizers. Called before the first operation."""
         with self._changed:
             if self._reaper is None and not self._stopping:
-                self._reaper = threading.Thread(target=self._reap, name="vluna-llm-abandoned", daemon=True)
-                self._reaper.start()
+                self._reaper = _started(self._reap, "vluna-llm-abandoned")
+
+    @property
+    def entered(self) -> bool:
+        """Whether this thread is inside the settler's own critical section."""
+        return held(self._guard)
 
     def abandoned(self, act: Callable[[], None]) -> None:
         """Run ``act`` soon, on another thread. Safe in a finalizer, in any thread, inside any lock: it only queues."""
-        self._orphans.put(act)
+        self._notes.put(act)
 
     def enqueue(self, row: Row, *, due: float = 0.0) -> None:
         """Deliver this row's settlement, not before ``due`` (seconds since the epoch)."""
@@ -125,7 +134,8 @@ class Settler:
             self._known.add(row.operation_id)
             delay = due - time.time()
             if due and delay > 0:
-                self._later(row.lane, row.operation_id, delay)
+                # The clock may have jumped since ``due`` was stored; to look early costs one request.
+                self._later(row.lane, row.operation_id, min(delay, LONGEST_WAIT))
             else:
                 self._now(row.lane, row.operation_id)
             self._staff()
@@ -147,9 +157,9 @@ class Settler:
     def _staff(self) -> None:
         wanted = len(self._ready) + bool(self._timers)
         if self._idle < wanted and len(self._threads) < MAX_WORKERS and not self._stopping:
-            thread = threading.Thread(target=self._work, name=f"vluna-llm-settler-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            thread = _started(self._work, f"vluna-llm-settler-{len(self._threads)}")
+            if thread is not None:
+                self._threads.append(thread)
 
     # -- waiting and ending ----------------------------------------------------------------------------------------
 
@@ -161,21 +171,29 @@ class Settler:
 
     def flush(self, timeout: float | None) -> bool:
         """Wait at most ``timeout`` seconds until everything is delivered; False where something is left."""
-        drained = threading.Event()
-        if self._reaper is not None:
-            self._orphans.put(drained.set)
-            deadline = None if timeout is None else time.monotonic() + timeout
-            if not drained.wait(timeout):
-                return False
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.start()
+        if self._reaper is None:
+            self._take_notes()
         else:
-            deadline = None if timeout is None else time.monotonic() + timeout
+            noted = threading.Event()
+            self._notes.put(noted.set)
+            if not noted.wait(timeout):
+                return False
         with self._changed:
             while self._known and not self._stopping:
+                self._staff()
                 left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
+                if left is not None and (left <= 0 or self._nothing_within(left)):
                     return False
                 self._drained.wait(left)
             return not self._known
+
+    def _nothing_within(self, seconds: float) -> bool:
+        """Whether all that is left waits for a later attempt, so that waiting for it is in vain."""
+        if self._ready or self._busy or not self._timers:
+            return False
+        return self._timers[0][0] > time.monotonic() + seconds
 
     def stop(self, timeout: float = 1.0) -> None:
         """End the threads; what is not delivered stays in the journal."""
@@ -184,7 +202,7 @@ class Settler:
             self._changed.notify_all()
             self._drained.notify_all()
             threads = list(self._threads)
-        self._orphans.put(None)
+        self._notes.put(_nothing)
         deadline = time.monotonic() + timeout
         for thread in (*threads, *([self._reaper] if self._reaper else [])):
             if thread is not threading.current_thread():
@@ -193,14 +211,27 @@ class Settler:
     # -- the threads -----------------------------------------------------------------------------------------------
 
     def _reap(self) -> None:
-        while True:
-            act = self._orphans.get()
-            if act is None:
-                return
+        while not self._stopping:
             try:
-                act()
-            except Exception:
-                self._telemetry.internal_error("settler.abandoned")
+                act = self._notes.get(timeout=_TIDY_EVERY)
+            except queue.Empty:
+                self._house_keeping()
+            else:
+                self._run(act)
+
+    def _take_notes(self) -> None:
+        """What `_reap` does, where no thread could be started for it."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._run(self._notes.get_nowait())
+
+    def _run(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except LedgerClosed:
+            pass  # what it was about is in the journal, for the next runtime
+        except Exception:
+            self._telemetry.internal_error("settler.abandoned")
 
     def _work(self) -> None:
         while True:
@@ -213,6 +244,8 @@ class Settler:
             try:
                 self._before_delivery()
                 delay = self._deliver(operation_id)
+            except LedgerClosed:
+                delay = LONGEST_WAIT  # the journal was given up meanwhile: the next runtime delivers it
             except Exception:
                 self._telemetry.internal_error("settler.deliver")
                 delay = 60.0
@@ -222,12 +255,17 @@ class Settler:
                     self._ready.append(lane)
                 else:
                     del self._lanes[lane]
-                if delay is None and operation_id not in self._again:
+                if operation_id in self._again:
+                    # Another settlement took the place of the one that was delivered: it owes nothing to its delays.
+                    self._later(lane, operation_id, 0.0)
+                elif delay is not None:
+                    self._later(lane, operation_id, delay)
+                else:
                     self._known.discard(operation_id)
                     self._drained.notify_all()
-                else:
-                    self._later(lane, operation_id, delay or 0.0)
                 self._again.discard(operation_id)
+                if delay is not None:
+                    self._drained.notify_all()  # who waits may see that waiting is in vain
             self._house_keeping()
 
     def _next_lane(self) -> Lane | None:
@@ -246,10 +284,10 @@ class Settler:
         return None
 
     def _house_keeping(self) -> None:
-        self._ledger.journal.checkpoint()
-        if time.monotonic() - self._pruned_at > _PRUNE_EVERY:
-            self._pruned_at = time.monotonic()
-            with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):
+            self._ledger.journal.checkpoint()
+            if time.monotonic() - self._pruned_at > _PRUNE_EVERY:
+                self._pruned_at = time.monotonic()
                 self._ledger.journal.prune(time.time() - _KEEP_SETTLED)
 
     # -- one delivery ----------------------------------------------------------------------------------------------
@@ -277,9 +315,7 @@ class Settler:
             return self._after(row, judge_cancel(result), None)
         if row.state.route == "commit":
             return self._after(row, judge_commit(result, row), result)
-        return self._after(
-            row, judge_ingest(result, row, repaired=row.last_error is not None and _was_repair(row)), result
-        )
+        return self._after(row, judge_ingest(result, row, repaired=row.state.is_repair), result)
 
     def _ready_to_send(self, row: Row) -> Row | None:
         """The row with its bytes composed and stored and its state ``sent``; None where nothing is to be sent now.
@@ -336,6 +372,8 @@ class Settler:
         phase = row.state.route or "commit"
         if result is not None:
             self._tell_hints(row, phase, result)
+        elif error is not None:
+            self._telemetry.hints(error.hints, phase, attributes_of(row), span=span_of(row))
         if verdict.outcome in ("retry", "retry_slowly"):
             return self._keep(row, verdict, error)
         if verdict.outcome == "repair":
@@ -348,13 +386,11 @@ class Settler:
         attempts = row.attempts + 1
         delay = self._backoff(attempts, jitter) if verdict.outcome == "retry" else slow_backoff(attempts, jitter)
         if verdict.delay is not None:
-            delay = max(delay, verdict.delay)
+            delay = max(delay, min(verdict.delay, LONGEST_WAIT))
         due = time.time() + delay
         self._ledger.apply(
             row.operation_id,
-            lambda now: dataclasses.replace(
-                now, next_attempt_at=due, attempts=attempts, last_error=_note(now, verdict.detail)
-            ),
+            lambda now: dataclasses.replace(now, next_attempt_at=due, attempts=attempts, last_error=verdict.detail),
         )
         loud = verdict.outcome == "retry_slowly"
         if loud or attempts >= _LOUD_AFTER:
@@ -372,7 +408,7 @@ class Settler:
 
         def change(now: Row) -> Row:
             state = now.state.quarantined().repair()
-            return dataclasses.replace(withdrawn(now), state=state, last_error=f"{_REPAIR}{verdict.detail}")
+            return dataclasses.replace(withdrawn(now), state=state, last_error=verdict.detail)
 
         self._ledger.apply(row.operation_id, change)
         self._telemetry.emit(
@@ -386,7 +422,7 @@ class Settler:
 
     def _finish(self, row: Row, state: ReceiptState, result: CommitResult | None, detail: str | None) -> float | None:
         receipt = receipt_of(row, state, result, detail)
-        stored = _receipt_json(receipt)
+        stored = receipt_json(receipt)
 
         def change(now: Row) -> Row:
             if now.state.route != row.state.route:
@@ -398,7 +434,7 @@ class Settler:
         ended = self._ledger.apply(row.operation_id, change)
         if ended is not None and ended.state.settlement == "pending":
             return 0.0
-        self._tell_end(row, state, receipt)
+        tell_end(self._telemetry, row, receipt)
         self._ledger.settled(ended or row, receipt)
         return None
 
@@ -407,55 +443,26 @@ class Settler:
         if any(hint.type.startswith(("pricing.", "feature.")) for hint in result.hints):
             self._prices.forget(row.feature_code)
 
-    def _tell_end(self, row: Row, state: ReceiptState, receipt: Receipt) -> None:
-        extra = {
-            "vluna.commit.id": receipt.commit_id,
-            "vluna.amount_xusd": receipt.amount_xusd,
-            "vluna.usage.source": receipt.usage_source,
-            "gen_ai.usage.input_tokens": receipt.input_tokens,
-            "gen_ai.usage.output_tokens": receipt.output_tokens,
-        }
-        attributes = {**attributes_of(row), **extra}
-        if state in ("booked", "rebooked"):
-            self._telemetry.emit(
-                "vluna.settlement.booked",
-                "warn" if receipt.detail else "debug",
-                attributes,
-                span=span_of(row),
-                message=receipt.detail,
-            )
-        elif state == "quarantined":
-            self._telemetry.emit(
-                "vluna.settlement.quarantined",
-                "error",
-                attributes,
-                span=span_of(row),
-                message=f"NOT CHARGED: {receipt.detail}",
-            )
-        elif state == "refused":
-            self._telemetry.emit(
-                "vluna.settlement.refused",
-                "error",
-                attributes,
-                span=span_of(row),
-                message=f"NOT CHARGED: {receipt.detail}",
-            )
-
-
-_REPAIR = "repair: "
-
-
-def _was_repair(row: Row) -> bool:
-    return (row.last_error or "").startswith(_REPAIR)
-
-
-def _note(row: Row, detail: str | None) -> str | None:
-    """The error to keep with a row; that it is a repair is never forgotten."""
-    return f"{_REPAIR}{detail}" if _was_repair(row) else detail
-
 
 class _NoPrice(Exception):
     """An ingest would book a line as 0: it waits for the price."""
+
+
+def _started(target: Callable[[], None], name: str) -> threading.Thread | None:
+    """A daemon thread; None where there can be no more of them, or the interpreter is ending.
+
+    What it would have done is in the journal, and is tried again with the next settlement or by the next process.
+    """
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
+
+
+def _nothing() -> None:
+    """Wakes the thread that takes notes."""
 
 
 def _machine_step(state: OperationState, receipt: ReceiptState) -> OperationState:
@@ -470,36 +477,6 @@ def _machine_step(state: OperationState, receipt: ReceiptState) -> OperationStat
     return state.booked() if state.route == "cancel" else state.lapsed()
 
 
-def _receipt_json(receipt: Receipt) -> str:
-    kept: dict[str, Any] = {
-        "state": receipt.state,
-        "amount_xusd": receipt.amount_xusd,
-        "charged_xusd": receipt.charged_xusd,
-        "commit_id": receipt.commit_id,
-        "hints": [hint.as_dict() for hint in receipt.hints],
-        "detail": receipt.detail,
-    }
-    return json.dumps({name: value for name, value in kept.items() if value not in (None, [])}, default=str)
-
-
 def _traceparent(row: Row) -> str | None:
     span = span_of(row)
     return span.traceparent if span else None
-
-
-def span_of(row: Row) -> SpanRef | None:
-    """The span in which the model call ran."""
-    return SpanRef(row.trace_id, row.span_id) if row.trace_id and row.span_id else None
-
-
-def attributes_of(row: Row) -> Mapping[str, Any]:
-    """The telemetry attributes that identify an operation."""
-    return {
-        "vluna.operation.id": row.operation_id,
-        "vluna.principal.id": row.principal_id,
-        "vluna.feature.code": row.feature_code,
-        "vluna.lease.id": row.lease_id,
-        "vluna.request.id": row.request_id,
-        "gen_ai.request.model": row.model,
-        "gen_ai.response.id": row.response_id,
-    }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import hashlib
 import importlib
 import json
@@ -11,8 +9,7 @@ import os
 import threading
 import time
 import uuid
-import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
@@ -21,11 +18,12 @@ from .context import CallContext, current_context, make_context
 from .errors import ConfigurationError, GateError, MissingPrincipal, VlunaError
 from .gate.client import GateClient
 from .gate.client_async import AsyncGateClient
-from .gate.credentials import GateCredentials
+from .identity import plain_text
 from .lifecycle import ModelCall, Operation
 from .manual import OperationContext
 from .operation import OperationState
 from .outbox import Row
+from .process import EXIT_SECONDS, Process
 from .runtime import Runtime
 from .settings import Mode, Settings
 from .telemetry import SpanRef, Telemetry, log
@@ -35,9 +33,6 @@ from .usage.features import FeatureMap
 from .usage.types import TokenUsage
 
 C = TypeVar("C")
-
-_EXIT_SECONDS = 5.0
-_instances: weakref.WeakSet[Vluna] = weakref.WeakSet()
 
 
 class Vluna:
@@ -60,22 +55,17 @@ class Vluna:
         self.settings = settings if settings is not None else Settings(**overrides)
         self.telemetry = Telemetry()
         self._mode: Mode = self.settings.mode
-        self._guard = threading.RLock()
-        self._runtime: Runtime | None = None
-        self._left_to_parent: list[Runtime] = []
         self._features = feature_map or FeatureMap.from_dict(self.settings.load_features())
         self._estimator = Estimator()
         self._admissions = Admissions(self.settings, self.telemetry)
-        self._gate: GateClient | None = None
-        self._async_gate: AsyncGateClient | None = None
+        self._process = Process(self.settings, self.telemetry, self._estimator, self._features)
         if self.settings.outbox_shared is not None:
             raise ConfigurationError(
                 "VLUNA_LLM_OUTBOX_SHARED is not supported by this version; unset it, and keep VLUNA_LLM_OUTBOX on a "
                 "disk that outlives the process."
             )
         if self._mode != "off":
-            self._credentials()
-        _instances.add(self)
+            self._process.credentials()
 
     def __repr__(self) -> str:
         return f"Vluna(base_url={self.settings.base_url!r}, realm_id={self.settings.realm_id!r}, mode={self._mode!r})"
@@ -92,7 +82,7 @@ class Vluna:
         if value not in ("enforce", "observe", "off"):
             raise ConfigurationError(f"mode must be 'enforce', 'observe' or 'off', not {value!r}.")
         if value != "off":
-            self._credentials()
+            self._process.credentials()
         self._mode = value
 
     def wrap(self, client: C) -> C:
@@ -153,29 +143,27 @@ class Vluna:
         """
         if isinstance(estimate, bool) or not isinstance(estimate, int) or estimate < 0:
             raise ConfigurationError(f"estimate must be an integer of at least 0, not {estimate!r}.")
+        if estimate > _MOST:
+            raise ConfigurationError(f"estimate is {estimate}; the gate counts up to {_MOST}.")
         context = make_context(feature_code=feature_code, feature_family_code=feature_family_code)
         return OperationContext(self, context, estimate)
 
     @property
     def gate(self) -> GateClient:
         """The typed gate client, for threads."""
-        with self._guard:
-            if self._gate is None:
-                self._gate = GateClient(self._credentials())
-            return self._gate
+        return self._process.gate
 
     @property
     def async_gate(self) -> AsyncGateClient:
         """The typed gate client, for event loops."""
-        with self._guard:
-            if self._async_gate is None:
-                self._async_gate = AsyncGateClient(self._credentials())
-            return self._async_gate
+        return self._process.async_gate
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait at most ``timeout`` seconds until every settlement is delivered; False where something is left."""
-        runtime = self._runtime
-        return runtime is None or runtime.pid != os.getpid() or runtime.flush(timeout)
+        """Wait at most ``timeout`` seconds until every settlement is delivered; False where something is left.
+
+        It does not wait for what is only tried again later than that (a price that is missing, a key that is refused).
+        """
+        return self._process.flush(timeout)
 
     async def aflush(self, timeout: float | None = None) -> bool:
         """`flush` for coroutines."""
@@ -183,28 +171,20 @@ class Vluna:
 
         return await asyncio.to_thread(self.flush, timeout)
 
-    def close(self, timeout: float = _EXIT_SECONDS) -> bool:
+    def close(self, timeout: float = EXIT_SECONDS) -> bool:
         """Deliver for at most ``timeout`` seconds and stop; what is left stays on disk for the next process.
 
-        Runs by itself at interpreter exit. Using the instance again afterwards starts it again.
+        Runs by itself at interpreter exit, also where the instance is not held any more. Using it again afterwards
+        starts it again.
         """
-        with self._guard:
-            runtime, self._runtime = self._runtime, None
-        if runtime is None or runtime.pid != os.getpid():
-            return True
-        done = runtime.close(timeout)
-        with self._guard:
-            if self._gate is not None and self._runtime is None:
-                self._gate.close()
-        return done
+        return self._process.close(timeout)
 
-    async def aclose(self, timeout: float = _EXIT_SECONDS) -> bool:
+    async def aclose(self, timeout: float = EXIT_SECONDS) -> bool:
         """`close` for coroutines; also closes the connections of the running loop."""
         import asyncio
 
         done = await asyncio.to_thread(self.close, timeout)
-        if self._async_gate is not None:
-            await self._async_gate.aclose()
+        await self._process.aclose_gate()
         return done
 
     def __enter__(self) -> Vluna:
@@ -246,22 +226,22 @@ class Vluna:
             GateDenied, GateRateLimited, InvalidGateRequest: the gate refused; the provider must not be called.
             GateUnavailable: no gate, and ``on_gate_unavailable="deny"``.
         """
-        prepared = self._prepare(call, bound)
+        prepared = self._unless_observed(lambda: self._prepare(call, bound))
         return None if prepared is None else self._admit(prepared)
 
     async def abegin(self, call: ModelCall, bound: CallContext | None = None) -> Operation | None:
         """`begin` for coroutines."""
-        prepared = self._prepare(call, bound)
+        prepared = self._unless_observed(lambda: self._prepare(call, bound))
         return None if prepared is None else await self._aadmit(prepared)
 
     def begin_work(self, context: CallContext, estimate: int) -> Operation | None:
         """Admit work that is no model call."""
-        prepared = self._prepare_work(context, estimate)
+        prepared = self._unless_observed(lambda: self._prepare_work(context, estimate))
         return None if prepared is None else self._admit(prepared)
 
     async def abegin_work(self, context: CallContext, estimate: int) -> Operation | None:
         """`begin_work` for coroutines."""
-        prepared = self._prepare_work(context, estimate)
+        prepared = self._unless_observed(lambda: self._prepare_work(context, estimate))
         return None if prepared is None else await self._aadmit(prepared)
 
     def unmetered(self, what: str, bound: CallContext | None = None) -> None:
@@ -296,20 +276,25 @@ class Vluna:
             prepared = self._prepare(call, bound, background=response_id)
             if prepared is None or usage.total_tokens == 0:
                 return
-            runtime = self._running()
-            if runtime.ledger.get(prepared.row.operation_id) is not None:
-                return
             state = OperationState().ungated().started().completed(usage, "provider")
-            self._store(runtime, prepared.with_state(state, response_id))
-            for scope in prepared.context.scopes:
-                scope.used(usage)
-            row = runtime.ledger.get(prepared.row.operation_id)
-            if row is not None:
-                runtime.settler.enqueue(row)
+            done = prepared.with_state(state, plain_text(response_id))
+            self._process.write(lambda runtime: self._book_once(runtime, done, usage))
         except VlunaError as error:
-            log.warning("background response %s is not booked: %s", response_id, error)
+            self.telemetry.emit(
+                "vluna.endpoint.unmetered",
+                "error",
+                {"error.type": type(error).__name__, "gen_ai.response.id": response_id},
+                message=f"the usage of a background response is not booked: {error}",
+            )
         except Exception:
             self.internal_error("vluna.book_background")
+
+    def _book_once(self, runtime: Runtime, done: Prepared, usage: TokenUsage) -> None:
+        guess = self._admissions.guess(runtime, done, self._features)
+        if runtime.ledger.open_once(done.row, done.context.scopes, guess):
+            for scope in done.context.scopes:
+                scope.used(usage)
+            runtime.settler.enqueue(done.row)
 
     def internal_error(self, where: str) -> None:
         """Called while an exception of ours is handled: log and count it; the product's call goes on."""
@@ -321,6 +306,16 @@ class Vluna:
 
     # -- admission -------------------------------------------------------------------------------------------------
 
+    def _unless_observed(self, prepare: Callable[[], Prepared | None]) -> Prepared | None:
+        """What ``prepare`` gives; in observe mode nothing is refused, and what cannot be billed is told."""
+        try:
+            return prepare()
+        except VlunaError as error:
+            if self._mode == "enforce":
+                raise
+            self._admissions.tell_unmetered(error)
+            return None
+
     def _prepare(self, call: ModelCall, bound: CallContext | None, *, background: str | None = None) -> Prepared | None:
         if self._mode == "off":
             return None
@@ -330,10 +325,7 @@ class Vluna:
         try:
             feature = self._features.resolve(call.model, call.provider)
             code = context.feature_code or feature.feature_code
-            if context.idempotency_key is None:
-                estimate = self._estimator.predict(code, call.body, kind=call.kind)
-            else:
-                estimate = self._estimator.uncalibrated(call.body, kind=call.kind)
+            estimate = self._estimate(call, code, uncalibrated=context.idempotency_key is not None)
             fingerprint = _fingerprint(call) if context.idempotency_key is not None else ""
             return self._prepared(
                 context,
@@ -349,6 +341,16 @@ class Vluna:
         except Exception:
             self.internal_error("vluna.begin")
             return None
+
+    def _estimate(self, call: ModelCall, code: str, *, uncalibrated: bool) -> Estimate:
+        """What authorize is told. A body that cannot be measured is billed all the same, by what was really used."""
+        try:
+            if uncalibrated:
+                return self._estimator.uncalibrated(call.body, kind=call.kind)
+            return self._estimator.predict(code, call.body, kind=call.kind)
+        except Exception:
+            self.internal_error("vluna.estimate")
+            return Estimate(0, 0, "uncalibrated")
 
     def _prepare_work(self, work: CallContext, estimate: int) -> Prepared | None:
         if self._mode == "off":
@@ -406,6 +408,7 @@ class Vluna:
                 realm_id, principal, user, context.idempotency_key, feature_code, fingerprint, str(nth)
             )
         span = SpanRef.current()
+        input_tokens, output_tokens = (estimate.input_tokens, estimate.output_tokens) if estimate else (quantity, 0)
         labels = dict(context.labels)
         if context.end_user:
             labels["end_user"] = context.end_user
@@ -423,59 +426,46 @@ class Vluna:
             feature_family_code=family,
             budget_id=context.budget_id,
             labels=labels or None,
-            model=model,
-            estimated_input=estimate.input_tokens if estimate else quantity,
-            estimated_output=estimate.output_tokens if estimate else 0,
+            model=plain_text(model),
+            estimated_input=min(input_tokens, _MOST),
+            estimated_output=min(output_tokens, _MOST),
             request_id=context.request_id,
             trace_id=span.trace_id if span else None,
             span_id=span.span_id if span else None,
+            trace_flags=span.flags if span else None,
             derived=context.idempotency_key is not None or background is not None,
             unsplit=estimate is None,
         )
         return Prepared(row, context, estimate)
 
-    def _store(self, runtime: Runtime, prepared: Prepared) -> None:
-        prepared.watch = self._admissions.store(runtime, prepared, self._features)
-
     def _admit(self, prepared: Prepared) -> Operation | None:
-        runtime = self._running()
-        self._store(runtime, prepared)
+        mode, admissions = self._mode, self._admissions
         try:
-            outcome: Lease | GateError | None = self._admissions.without_asking()
+            admissions.store(self._process, prepared, mode, self._features)
+            outcome: Lease | GateError | None = admissions.without_asking()
             if outcome is None:
                 try:
-                    outcome = runtime.gate.authorize(**prepared.authorize(self.settings.authorize_deadline))
+                    outcome = self._process.gate.authorize(**prepared.authorize(self.settings.authorize_deadline))
                 except GateError as error:
                     outcome = error
-            return self._admissions.decide(runtime, prepared, outcome, self._mode, self._running)
-        except VlunaError:
-            raise
-        except Exception:
-            self.internal_error("vluna.begin")
-            return self._admissions.admit_ungated(runtime, prepared, self._running)
-        except BaseException:
-            self._admissions.give_up(runtime, prepared)
-            raise
+            return admissions.decide(self._process, prepared, outcome, mode)
+        except BaseException as error:
+            return admissions.rescue(self._process, prepared, error, mode)
 
     async def _aadmit(self, prepared: Prepared) -> Operation | None:
-        runtime = self._running()
-        self._store(runtime, prepared)
+        mode, admissions = self._mode, self._admissions
         try:
-            outcome: Lease | GateError | None = self._admissions.without_asking()
+            admissions.store(self._process, prepared, mode, self._features)
+            outcome: Lease | GateError | None = admissions.without_asking()
             if outcome is None:
+                asked = prepared.authorize(self.settings.authorize_deadline)
                 try:
-                    outcome = await runtime.async_gate.authorize(**prepared.authorize(self.settings.authorize_deadline))
+                    outcome = await self._process.async_gate.authorize(**asked)
                 except GateError as error:
                     outcome = error
-            return self._admissions.decide(runtime, prepared, outcome, self._mode, self._running)
-        except VlunaError:
-            raise
-        except Exception:
-            self.internal_error("vluna.begin")
-            return self._admissions.admit_ungated(runtime, prepared, self._running)
-        except BaseException:
-            self._admissions.give_up(runtime, prepared)
-            raise
+            return admissions.decide(self._process, prepared, outcome, mode)
+        except BaseException as error:
+            return admissions.rescue(self._process, prepared, error, mode)
 
     # -- plumbing --------------------------------------------------------------------------------------------------
 
@@ -491,29 +481,12 @@ class Vluna:
         wrapped: C = integration.wrap_client(self, client, bound)
         return wrapped
 
-    def _credentials(self) -> GateCredentials:
-        base_url, realm_id, key_id, secret = self.settings.require_credentials()
-        return GateCredentials(base_url, realm_id, key_id, secret, allow_plaintext=self.settings.allow_plaintext)
-
     def _running(self) -> Runtime:
-        """The runtime of this process: a forked child gets its own, and so does an instance that was closed."""
-        runtime = self._runtime
-        if runtime is not None and runtime.pid == os.getpid() and not runtime.closed:
-            return runtime
-        with self._guard:
-            runtime = self._runtime
-            if runtime is not None and runtime.pid != os.getpid():
-                # Kept, so that its file descriptors and locks are not closed under the parent's journal.
-                self._left_to_parent.append(runtime)
-                runtime = None
-            if runtime is None or runtime.closed:
-                runtime = self._runtime = Runtime(
-                    self.settings, self.gate, self.async_gate, self._estimator, self.telemetry, self._features.names
-                )
-            return runtime
+        return self._process.running()
 
-    def _after_fork(self) -> None:
-        self._guard = threading.RLock()
+
+_MOST = 2**53 - 1
+"""The largest number that the gate can count with (gate contract 9.1)."""
 
 
 def _digest(*parts: str) -> str:
@@ -521,26 +494,24 @@ def _digest(*parts: str) -> str:
 
 
 def _fingerprint(call: ModelCall) -> str:
-    body = json.dumps(call.body, sort_keys=True, default=lambda value: type(value).__name__)
+    try:
+        body = json.dumps(call.body, sort_keys=True, default=_by_type)
+    except TypeError:  # names of several types have no order
+        body = json.dumps(call.body, skipkeys=True, default=_by_type)
     return _digest(call.kind, call.model, body)
+
+
+def _by_type(value: object) -> str:
+    return type(value).__name__
 
 
 _default: Vluna | None = None
 _default_guard = threading.Lock()
 
 
-@atexit.register
-def _close_all() -> None:
-    for instance in list(_instances):
-        with contextlib.suppress(Exception):
-            instance.close()
-
-
 def _forked() -> None:
     global _default_guard
     _default_guard = threading.Lock()
-    for instance in list(_instances):
-        instance._after_fork()
 
 
 if hasattr(os, "register_at_fork"):

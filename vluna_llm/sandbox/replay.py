@@ -218,7 +218,9 @@ class ReplayUpstream:
             return _error(fault.status, "a fault made by the replay upstream", "replay_fault", labels)
         if choice is None:
             wanted = f"{request.method} {path}, stream={stream}, model={model!r}"
-            return _error(404, f"nothing was recorded for {wanted}", "replay_no_recording", labels)
+            known = sorted({one.model for one in self.recordings if one.model and one.path == path})
+            hint = f"; recorded models are {', '.join(known)}" if known and model not in known else ""
+            return _error(404, f"nothing was recorded for {wanted}{hint}", "replay_no_recording", labels)
         labels["x-replay-recording"] = choice.recording.name
         labels["content-type"] = choice.recording.content_type
         if "retry-after" in choice.recording.headers:

@@ -143,7 +143,7 @@ def test_a_lease_expires_by_the_gates_clock(gate: Sandbox) -> None:
 
 
 def test_a_colliding_key_hands_over_anothers_receipt_or_is_refused() -> None:
-    """The first cache does not look at who is calling, as on the real gate; the switch makes it loud."""
+    """The first cache is one for all callers, as on the real gate; the switch makes a collision loud."""
     for reject in (False, True):
         with Sandbox(reject_colliding_keys=reject) as gate:
             first = Caller(gate, "a").ingest(key="job-1").json()

@@ -141,12 +141,12 @@ class BatchResult:
     Three things that a batch does not tell (gate contract 7.7), also listed in ``warnings``:
 
     * ``rolled_back``: an item failed with ``SERVER.ERROR``. All items share one transaction, so **nothing of this
-      answer may be trusted**: items said to be committed were undone. Send every other item again, under a new outer
-      key.
+      answer may be trusted**: items said to be committed were undone. All items but the failed one have to go out
+      once more, in a request with an idempotency key of its own.
     * ``leases_still_active``: a committed item leaves its lease open; another commit on it under another key is
       charged a second time.
-    * ``hints_hidden``: a quarantined item looks exactly like a billed one. Send the item again as a single commit under
-      the item's key to read its hints.
+    * ``hints_hidden``: whether an item was charged cannot be seen. Send it again as a single commit under the item's
+      key: that answer has the hints.
     """
 
     status: int

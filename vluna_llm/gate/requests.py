@@ -110,7 +110,7 @@ class BatchCommit:
 
 
 def new_key(purpose: str) -> str:
-    """A globally unique idempotency key; the gate's first cache does not look at who is calling (contract 5)."""
+    """An idempotency key that nobody else uses: one of the gate's caches is shared by all callers (contract 5)."""
     return f"vluna-llm:{uuid.uuid4()}:{purpose}"
 
 

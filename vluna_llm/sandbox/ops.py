@@ -126,7 +126,7 @@ def _page(
         except (ValueError, KeyError, TypeError):
             raise Refusal(422, "VALIDATION.INVALID_INPUT", "invalid cursor") from None
         places = [index for index, row in enumerate(rows) if id_of(row) == named]
-        # The cursor names the first row of the next page, and that row is then left out.
+        # As on the real server, the row that a cursor points to is lost: it ends no page and starts none.
         rows = rows[places[0] + 1 :] if places else []
     more = len(rows) > limit
     following = None

@@ -11,9 +11,10 @@ from typing import Any
 class TokenUsage:
     """The tokens of one model call.
 
-    ``input_tokens`` is everything the model read, cached and cache-written tokens included; ``output_tokens`` is
-    everything it produced, reasoning included; the other counts are parts of these two. ``raw`` is the provider's own
-    usage object. ``contradiction`` names the rule that was applied where the provider's numbers did not fit together.
+    Two counts make the whole: ``input_tokens``, all that went into the model whether or not it came from a cache or
+    was put into one, and ``output_tokens``, all that came out, hidden reasoning too. Every other count is a part of
+    one of them. ``raw`` is the provider's own usage object. ``contradiction`` names the rule that was applied where the
+    provider's numbers did not fit together.
 
     All counts are tokens and never negative. ``audio_seconds`` is set where a provider bills audio by time.
 

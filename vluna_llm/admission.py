@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from .context import CallContext
 from .errors import GateError, GateUnavailable, OutboxUnavailable, VlunaError
@@ -19,6 +18,7 @@ from .process import Process
 from .reporting import attributes_of, span_of
 from .runtime import Runtime
 from .settings import Mode, Settings
+from .settlement import leased
 from .telemetry import Telemetry
 from .types import Lease
 from .usage.estimate import Estimate
@@ -38,23 +38,6 @@ class Prepared:
         """The same call in another state."""
         row = dataclasses.replace(ended(self.row), state=state, response_id=response_id)
         return Prepared(row, self.context, self.estimate)
-
-    def authorize(self, deadline: float) -> Mapping[str, Any]:
-        """The arguments of the gate's authorize; nothing in its body differs between runs of one job (rule 17)."""
-        row = self.row
-        quantity = row.estimated_input + row.estimated_output
-        return {
-            "principal_id": row.principal_id,
-            "user_id": row.user_id,
-            "feature_code": row.feature_code,
-            "feature_family_code": row.feature_family_code,
-            "estimated_quantity": quantity,
-            "budget_id": row.budget_id,
-            "lease": row.settle_key,
-            "idempotency_key": row.authorize_key,
-            "deadline": deadline,
-            "request_id": row.request_id,
-        }
 
 
 class Admissions:
@@ -194,15 +177,7 @@ class Admissions:
         def admitted(row: Row) -> Row:
             if lease is None:
                 return row.with_state(row.state.ungated().started())
-            state = row.state.leased(lease.dialect).started()
-            return dataclasses.replace(
-                row,
-                state=state,
-                lease_token=lease.token,
-                lease_id=lease.lease_id,
-                feature_code=lease.feature_code,
-                feature_family_code=lease.feature_family_code or row.feature_family_code,
-            )
+            return leased(row, lease, row.state.leased(lease.dialect).started())
 
         watch = prepared.watch
         assert watch is not None

@@ -53,6 +53,12 @@ class OperationState:
             return self
         return replace(self, admission="leased", dialect=dialect)
 
+    def late_lease(self, dialect: Dialect) -> OperationState:
+        """The lease of a job, asked for when its usage is known already, so that all its runs share one (rule 17)."""
+        if self.admission != "ungated" or self.settlement != "pending" or self.route != "ingest":
+            return self
+        return replace(self, admission="leased", dialect=dialect, route="commit")
+
     def outcome_unknown(self) -> OperationState:
         """Authorize was sent and no answer came."""
         return replace(self, admission="unknown") if self.admission == "pending" else self

@@ -21,12 +21,14 @@ from .gate.client_async import AsyncGateClient
 from .gate.models import CancelResult, CommitResult
 from .gate.requests import GateRequest
 from .ledger import Ledger
-from .outbox import Journal
+from .outbox import Journal, Row
 from .pricing import Price, PriceBook, Prices
 from .reentry import held
 from .settings import Settings
+from .settlement import authorize_arguments
 from .settler import Settler
 from .telemetry import Telemetry, log
+from .types import Lease
 from .usage.estimate import Estimate, Estimator
 from .usage.features import MeterNames
 from .usage.types import TokenUsage
@@ -46,6 +48,9 @@ class _Courier:
     ) -> CommitResult | CancelResult:
         answer = self._client.send(request, timeout=SETTLE_TIMEOUT, traceparent=traceparent, request_id=request_id)
         return _PARSERS[request.kind](answer, now=time.time())
+
+    def lease(self, row: Row) -> Lease:
+        return self._client.authorize(**authorize_arguments(row), deadline=SETTLE_TIMEOUT)
 
 
 _PARSERS: Mapping[str, Callable[..., CommitResult | CancelResult]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import (
     GateAuthError,
@@ -18,7 +18,9 @@ from .errors import (
 )
 from .gate.models import CancelResult, CommitResult
 from .gate.requests import GateRequest, cancel_request, commit_request, ingest_request
+from .operation import OperationState
 from .outbox import Row
+from .reporting import span_of
 from .types import Lease, Receipt, ReceiptState
 from .usage.features import MeterNames
 from .usage.meters import MetersMode, compose_lines
@@ -49,6 +51,43 @@ class Verdict:
 def settle_key(row: Row) -> str:
     """The idempotency key of the row's present settlement. An ingest that repairs a commit shares the commit's base."""
     return f"{row.settle_key}:{row.state.route}"
+
+
+def authorize_arguments(row: Row) -> dict[str, Any]:
+    """What authorize is asked for this row; nothing in its body differs between runs of one job (rule 17)."""
+    span = span_of(row)
+    return {
+        "principal_id": row.principal_id,
+        "user_id": row.user_id,
+        "feature_code": row.feature_code,
+        "feature_family_code": row.feature_family_code,
+        "estimated_quantity": row.estimated_input + row.estimated_output,
+        "budget_id": row.budget_id,
+        "lease": row.settle_key,
+        "idempotency_key": row.authorize_key,
+        "request_id": row.request_id,
+        "traceparent": span.traceparent if span else None,
+    }
+
+
+def wants_lease(row: Row) -> bool:
+    """Whether a job that ran without a lease asks for it before it is settled.
+
+    Another run of it may be, or have been, charged by a commit, of which an ingest knows nothing.
+    """
+    return bool(row.derived and row.authorize_key and row.state.admission == "ungated" and row.body is None)
+
+
+def leased(row: Row, lease: Lease, state: OperationState) -> Row:
+    """The row with its lease."""
+    return replace(
+        row,
+        state=state,
+        lease_token=lease.token,
+        lease_id=lease.lease_id,
+        feature_code=lease.feature_code,
+        feature_family_code=lease.feature_family_code or row.feature_family_code,
+    )
 
 
 def lease_of(row: Row) -> Lease:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from .errors import ConfigurationError, GateDenied, GateError, InvalidGateRequest
+from .errors import ConfigurationError, GateDenied, GateError, IdempotencyConflict, InvalidGateRequest
 from .gate.models import CancelResult, CommitResult
 from .gate.requests import POST_PATHS, GateRequest
 from .ledger import Ledger, LedgerClosed
@@ -35,14 +35,16 @@ from .settlement import (
     judge_commit,
     judge_error,
     judge_ingest,
+    leased,
     receipt_of,
     settle_key,
     slow_backoff,
     unpriced,
+    wants_lease,
     withdrawn,
 )
 from .telemetry import Telemetry
-from .types import ReceiptState
+from .types import Lease, ReceiptState
 from .usage.features import MeterNames
 from .usage.meters import MetersMode
 
@@ -62,6 +64,10 @@ class Courier(Protocol):
         self, request: GateRequest, *, traceparent: str | None, request_id: str | None
     ) -> CommitResult | CancelResult:
         """Send one settlement; raises `GateError`. No retries of its own."""
+        ...
+
+    def lease(self, row: Row) -> Lease:
+        """Ask for the lease of a job that ran without one; raises `GateError`."""
         ...
 
 
@@ -323,6 +329,8 @@ class Settler:
         The prices are asked for before the state is taken, so that usage which turns up meanwhile is not missed.
         """
         composed: GateRequest | None = None
+        if wants_lease(row):
+            row = self._late_lease(row)
         if row.body is None:
             priced = self._priced(row)
             names = self._names(row.feature_code)
@@ -343,6 +351,23 @@ class Settler:
         if sent is None or sent.state.settlement != "sent" or sent.body is None:
             return self._ready_to_send(sent) if sent is not None and sent.state.settlement == "pending" else None
         return sent
+
+    def _late_lease(self, row: Row) -> Row:
+        try:
+            lease = self._courier.lease(row)
+        except (GateDenied, InvalidGateRequest):
+            return row  # no lease to share: booked by ingest, as any call that ran without one
+        except IdempotencyConflict as error:
+            raise ConfigurationError(
+                "Another run of this job asked for its lease with another request and may have been charged; "
+                "look at the gate's ratings before you repair it."
+            ) from error
+
+        def change(now: Row) -> Row:
+            state = now.state.late_lease(lease.dialect)
+            return now if state is now.state else leased(now, lease, state)
+
+        return self._ledger.apply(row.operation_id, change) or row
 
     def _priced(self, row: Row) -> frozenset[str] | None:
         if row.state.route == "cancel" or self._meters != "auto":

@@ -26,6 +26,7 @@ from .outbox import Row
 from .process import EXIT_SECONDS, Process
 from .runtime import Runtime
 from .settings import Mode, Settings
+from .settlement import authorize_arguments
 from .telemetry import SpanRef, Telemetry, log
 from .types import Lease
 from .usage.estimate import Estimate, Estimator
@@ -421,7 +422,7 @@ class Vluna:
             user_id=user,
             feature_code=feature_code,
             created_at=time.time(),
-            authorize_key=f"{base}:auth",
+            authorize_key=f"{base}:auth" if background is None else "",
             settle_key=base,
             feature_family_code=family,
             budget_id=context.budget_id,
@@ -444,8 +445,9 @@ class Vluna:
             admissions.store(self._process, prepared, mode, self._features)
             outcome: Lease | GateError | None = admissions.without_asking()
             if outcome is None:
+                asked = authorize_arguments(prepared.row)
                 try:
-                    outcome = self._process.gate.authorize(**prepared.authorize(self.settings.authorize_deadline))
+                    outcome = self._process.gate.authorize(**asked, deadline=self.settings.authorize_deadline)
                 except GateError as error:
                     outcome = error
             return admissions.decide(self._process, prepared, outcome, mode)
@@ -458,9 +460,9 @@ class Vluna:
             admissions.store(self._process, prepared, mode, self._features)
             outcome: Lease | GateError | None = admissions.without_asking()
             if outcome is None:
-                asked = prepared.authorize(self.settings.authorize_deadline)
+                asked, deadline = authorize_arguments(prepared.row), self.settings.authorize_deadline
                 try:
-                    outcome = await self._process.async_gate.authorize(**asked)
+                    outcome = await self._process.async_gate.authorize(**asked, deadline=deadline)
                 except GateError as error:
                     outcome = error
             return admissions.decide(self._process, prepared, outcome, mode)

@@ -275,3 +275,57 @@ def test_prices_from_before_serve_while_the_gate_cannot_be_asked() -> None:
     book.forget("m")
     with pytest.raises(GateUnavailable):
         book.prices("m", "a", "a")
+
+
+@pytest.mark.parametrize("runs", ["ungated gated", "gated ungated", "ungated ungated"])
+def test_a_job_that_ran_without_the_gate_once_is_charged_once_over_all_its_runs(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, runs: str
+) -> None:
+    """A commit and an ingest know nothing of each other: a job settles by its lease, if need be one asked for late."""
+    for run in runs.split():
+        vluna = make_vluna(authorize_deadline=0.2)
+        if run == "ungated":
+            gate.faults.add("drop_before", "authorize", times=None)
+        with call_context(principal_id="ann", idempotency_key="job-42") as scope:
+            operation = vluna.begin(CALL)
+        gate.faults.clear()
+        assert operation is not None
+        assert (operation.lease is None) == (run == "ungated")
+        operation.finish(USED)
+        assert scope.wait(10)
+    assert charged(gate) == [120]
+
+
+def test_a_job_whose_customer_is_denied_is_booked_by_ingest_in_observe_mode(
+    make_vluna: Callable[..., Vluna], gate: Sandbox
+) -> None:
+    gate.set_credit("ann", 0)
+    for _ in range(2):
+        vluna = make_vluna(mode="observe")
+        with call_context(principal_id="ann", idempotency_key="job-42") as scope:
+            operation = vluna.begin(CALL)
+        assert operation is not None
+        operation.finish(USED)
+        assert scope.wait(10)
+    assert [(entry.kind, entry.quantity) for entry in gate.booked("ann").entries] == [("ingest", 120)]
+
+
+def test_a_job_whose_lease_belongs_to_another_request_is_held_and_never_charged_twice(
+    make_vluna: Callable[..., Vluna], gate: Sandbox
+) -> None:
+    first = make_vluna()
+    with call_context(principal_id="ann", idempotency_key="job-42", feature_family_code="one") as scope:
+        operation = first.begin(CALL)
+    assert operation is not None
+    operation.finish(USED)
+    assert scope.wait(5)
+    second = make_vluna()
+    with call_context(principal_id="ann", idempotency_key="job-42", feature_family_code="two") as scope:
+        operation = second.begin(CALL)
+    assert operation is not None
+    assert operation.lease is None, "the gate answers 409"
+    operation.finish(USED)
+    assert scope.wait(5)
+    assert charged(gate) == [120]
+    assert scope.receipts[0].state == "refused"
+    assert "may have been charged" in (scope.receipts[0].detail or "")

@@ -166,6 +166,21 @@ def test_a_close_in_the_middle_of_an_admission_costs_nothing(
     assert vluna._running().ledger.journal.rows("lost") == []
 
 
+@pytest.mark.parametrize("outbox", ["memory", "directory"])
+def test_a_write_that_meets_a_ledger_just_closed_goes_to_the_next_one(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outbox: str
+) -> None:
+    vluna = make_vluna(outbox="memory" if outbox == "memory" else str(tmp_path))
+    operation = begin(vluna)
+    stale, running = [vluna._running()], vluna._process.running
+    vluna.close()
+    monkeypatch.setattr(vluna._process, "running", lambda: stale.pop() if stale else running())
+    operation.finish(USED)
+    assert not stale
+    assert vluna.flush(10)
+    assert charged(gate) == [120]
+
+
 def test_a_call_that_ends_while_another_thread_closes_is_not_listed_as_lost(
     make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Path
 ) -> None:
@@ -373,3 +388,23 @@ def test_a_lock_is_not_had_twice_in_one_process(tmp_path: Path) -> None:
     assert journal.path is not None
     assert not FileLock(journal.path.with_suffix(".lock")).acquire()
     journal.close()
+
+
+def test_usage_that_turns_up_while_a_cancel_is_being_composed_takes_its_place(
+    vluna: Vluna, gate: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settler = vluna._running().settler
+    priced, late = settler._priced, [begin(vluna)]
+    operation = late[0]
+
+    def usage_comes(row: Any) -> Any:
+        if late:
+            late.pop().finish(USED)
+        return priced(row)
+
+    monkeypatch.setattr(settler, "_priced", usage_comes)
+    operation.finish(Ending("closed"))
+    assert vluna.flush(10)
+    assert charged(gate) == [120]
+    assert "cancel" not in {request.route for request in gate.requests}
+    assert vluna.telemetry.counts["vluna.internal_error"] == 0

@@ -137,3 +137,49 @@ def test_a_broken_exporter_never_reaches_the_call(vluna: Vluna, monkeypatch: pyt
         assert operation is not None
         operation.finish(USED)
         assert scope.wait(5)
+
+
+@pytest.mark.parametrize(("sampler", "sampled"), [("always_on", True), ("always_off", False)])
+def test_a_span_that_is_not_sampled_stays_unsampled_at_the_gate_and_in_events(
+    vluna: Vluna,
+    events: Callable[[str], list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    sampler: str,
+    sampled: bool,
+) -> None:
+    from opentelemetry.sdk.trace import sampling
+
+    chosen = sampling.ALWAYS_ON if sampler == "always_on" else sampling.ALWAYS_OFF
+    tracer = TracerProvider(sampler=chosen).get_tracer("test")
+    send, sent = vluna.gate.send, {}
+
+    def sending(request: Any, **how: Any) -> Any:
+        sent[request.kind] = how.get("traceparent")
+        return send(request, **how)
+
+    monkeypatch.setattr(vluna.gate, "send", sending)
+    with tracer.start_as_current_span("chat") as span, call_context(principal_id="ann"):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    operation.finish(USED)
+    assert vluna.flush(5)
+    call = span.get_span_context()
+    (booked,) = events("vluna.settlement.booked")
+    assert booked.trace_id == call.trace_id
+    assert booked.trace_flags == call.trace_flags
+    assert call.trace_flags.sampled == sampled
+    expected = f"00-{call.trace_id:032x}-{call.span_id:016x}-{int(call.trace_flags):02x}"
+    assert sent["commit"] == expected
+
+
+def test_hints_that_come_with_a_refused_settlement_are_told(
+    vluna: Vluna, gate: Sandbox, events: Callable[[str], list[Any]]
+) -> None:
+    with call_context(principal_id="ann"):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    gate.faults.add("rate_limited", "commits", times=1, seconds=1)
+    operation.finish(USED)
+    assert operation.wait(10) is not None
+    phases = {(event.attributes["vluna.hint.type"], event.attributes["vluna.phase"]) for event in events("vluna.hint")}
+    assert ("rate.limit", "commit") in phases

@@ -33,9 +33,10 @@ class Row:
     """One row of the journal; ``state`` is the operation's machine, the rest never changes its meaning.
 
     Times are seconds since the epoch. ``body`` holds the settlement's exact bytes once composed; ``settle_key`` is the
-    base of its idempotency key. ``derived`` marks a key that another run of the same job arrives at too (design rule
-    17). ``unsplit`` marks a plain quantity, priced as a whole and never split into token meters. ``base_url`` and
-    ``realm_id`` say where the row may be delivered, and nowhere else.
+    base of its idempotency key; ``authorize_key`` is empty where the gate is never asked. ``derived`` marks a key that
+    another run of the same job arrives at too (design rule 17). ``unsplit`` marks a plain quantity, priced as a whole
+    and never split into token meters. ``base_url`` and ``realm_id`` say where the row may be delivered, and nowhere
+    else.
     """
 
     operation_id: str

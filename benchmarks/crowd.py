@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import random
 import threading
 import time
@@ -33,6 +34,7 @@ TICK, RUNS = 0.002, 6
 def crowd_side(profile: Profile, kind: str) -> dict[str, float]:
     """One side, in a process of its own so that its memory is its own: ``bare`` or ``metered``."""
     count = profile.some(STREAMS)
+    logging.getLogger("vluna_llm").setLevel(logging.ERROR)  # who was not answered in time is counted instead
     with world() as around, Vluna(**around.settings()) as vluna:
         before = resident() or 0
         base_url = around.base_url(chunks=CHUNKS, between_ms=20 if profile.quick else 100)

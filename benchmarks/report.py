@@ -45,13 +45,13 @@ def load_average() -> tuple[float, float, float] | None:
 
 
 def show(figures: Sequence[Figure], where: dict[str, Any]) -> None:
-    """Print the table."""
-    console = Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 150)
+    """Print the table: as wide as the terminal; in a log, where there is no width, wide enough."""
+    console = Console(width=None if sys.stdout.isatty() else 150)
     quick = " (quick: budgets of time are shown, not judged)" if where["quick"] else ""
     title = f"Performance budget, openai {where['versions'].get('openai')}, Python {where['python']}{quick}"
     table = Table(title=title, title_justify="left")
     for name, justify in (("what", "left"), ("measured", "right"), ("upper 95 %", "right"), ("budget", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("")
     table.add_column("note", style="dim")
     group = None

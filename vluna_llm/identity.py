@@ -76,4 +76,6 @@ def plain_text(value: object) -> str | None:
     """What a provider or caller named, as text that can be stored and sent: bounded, without NUL or half surrogates."""
     if value is None:
         return None
+    if isinstance(value, str) and len(value) <= MAX_LABEL_LENGTH and value.isascii() and "\x00" not in value:
+        return value
     return str(value)[:MAX_LABEL_LENGTH].replace("\x00", "").encode("utf-8", "replace").decode("utf-8")

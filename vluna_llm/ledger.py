@@ -17,7 +17,6 @@ from pathlib import Path
 from .context import Scope
 from .errors import OutboxUnavailable
 from .outbox import Journal, Row
-from .reentry import held
 from .settlement import receipt_of
 from .telemetry import Telemetry
 from .types import Receipt
@@ -182,9 +181,9 @@ class Ledger:
         return self.journal.adopting(base_url, realm_id, paths)
 
     @property
-    def entered(self) -> bool:
-        """Whether this thread is inside a critical section of the ledger or its journal."""
-        return held(self._guard) or held(self._watching) or self.journal.entered
+    def locks(self) -> tuple[object, ...]:
+        """The locks of the ledger and its journal (`vluna_llm.reentry`)."""
+        return self._guard, self._watching, self.journal.lock
 
     def close(self) -> bool:
         """Give up the journal; True where its file is kept. Who waits for a settlement is told that it is held.

@@ -111,8 +111,10 @@ class Process:
     def write(self, act: Callable[[Runtime], T]) -> T:
         """Run ``act`` on the runtime, and again on the next one where that was closed in between."""
         for _ in range(_WRITE_ATTEMPTS):
-            with contextlib.suppress(LedgerClosed):
+            try:
                 return act(self.running())
+            except LedgerClosed:
+                continue
         return act(self.running())
 
     def later(self, act: Callable[[], None]) -> None:
@@ -124,7 +126,7 @@ class Process:
     def entered(self) -> bool:
         """Whether this thread is inside one of our critical sections: then only `later` may be called."""
         runtime = self._runtime
-        return held(self._guard) or (runtime is not None and runtime.entered)
+        return held(self._guard) or (runtime is not None and runtime.entered())
 
     def internal_error(self, where: str) -> None:
         """An exception of ours is being handled: logged and counted."""

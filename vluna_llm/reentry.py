@@ -9,7 +9,7 @@ The locks are reentrant ones, so that a path that forgot to look cannot hang its
 
 from __future__ import annotations
 
-from threading import RLock
+from collections.abc import Callable
 from typing import Protocol, cast
 
 
@@ -17,9 +17,16 @@ class _Owned(Protocol):
     def _is_owned(self) -> bool: ...
 
 
-ReentrantLock = type(RLock())
-
-
 def held(lock: object) -> bool:
     """Whether the running thread holds this `threading.RLock` (what `threading.Condition` asks of it, too)."""
     return cast(_Owned, lock)._is_owned()
+
+
+def any_held(*locks: object) -> Callable[[], bool]:
+    """Asks whether the running thread holds one of these locks; made once, since every ending asks."""
+    owned = tuple(cast(_Owned, lock)._is_owned for lock in locks)
+
+    def ask() -> bool:
+        return any(held_here() for held_here in owned)
+
+    return ask

@@ -23,7 +23,7 @@ from .gate.requests import GateRequest
 from .ledger import Ledger
 from .outbox import Journal, Row
 from .pricing import Price, PriceBook, Prices
-from .reentry import held
+from .reentry import any_held
 from .settings import Settings
 from .settlement import authorize_arguments
 from .settler import Settler
@@ -107,6 +107,8 @@ class Runtime:
             notes=notes,
             before_delivery=self._apply_lessons,
         )
+        # Whether this thread is inside a critical section of this runtime.
+        self.entered = any_held(self._guard, *self.ledger.locks, self.settler.lock)
         if predecessor is not None:
             # At once: operations that began before ``close`` end in this runtime, and must find their rows.
             self._adopt([predecessor])
@@ -131,11 +133,6 @@ class Runtime:
                 waiting,
                 lost,
             )
-
-    @property
-    def entered(self) -> bool:
-        """Whether this thread is inside a critical section of this runtime."""
-        return held(self._guard) or self.ledger.entered or self.settler.entered
 
     def _fetch_prices(self, feature_code: str, principal_id: str, user_id: str) -> Prices:
         meters = self.gate.meters(

@@ -24,7 +24,6 @@ from .ledger import Ledger, LedgerClosed
 from .operation import OperationState
 from .outbox import Row
 from .pricing import PriceBook
-from .reentry import held
 from .reporting import attributes_of, receipt_json, span_of, tell_end
 from .settlement import (
     LONGEST_WAIT,
@@ -122,9 +121,9 @@ class Settler:
                 self._reaper = _started(self._reap, "vluna-llm-abandoned")
 
     @property
-    def entered(self) -> bool:
-        """Whether this thread is inside the settler's own critical section."""
-        return held(self._guard)
+    def lock(self) -> object:
+        """The lock of the settler's own critical sections (`vluna_llm.reentry`)."""
+        return self._guard
 
     def abandoned(self, act: Callable[[], None]) -> None:
         """Run ``act`` soon, on another thread. Safe in a finalizer, in any thread, inside any lock: it only queues."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -156,6 +157,7 @@ def test_an_ingest_waits_for_a_price_instead_of_booking_nothing(
     assert not vluna.flush(1)
     assert gate.booked("ann").entries == ()
     assert "no price" in caplog.text
+    assert "new.model" not in vluna._running().prices._known, "the next attempt sees what the operator mended"
 
 
 def test_settlements_of_one_customer_go_one_after_another(vluna: Vluna, gate: Sandbox) -> None:
@@ -291,3 +293,54 @@ def test_the_schedule_grows_is_jittered_and_stays_within_five_minutes() -> None:
     assert backoff(40, 1.0) == 300.0
     assert slow_backoff(1, 1.0) == 15.0
     assert slow_backoff(40, 1.0) == 300.0
+
+
+def test_no_hint_and_no_jump_of_the_clock_keeps_a_settlement_waiting_for_longer_than_minutes(
+    vluna: Vluna, gate: Sandbox
+) -> None:
+    """A stored time is an hour off after the clock was put back; a hint may name tomorrow."""
+    operation = begin(vluna)
+    gate.faults.add("rate_limited", "commits", times=1, seconds=86_400)
+    operation.finish(USED)
+    assert not vluna.flush(1)
+    settler = vluna._running().settler
+    (waiting,) = settler._timers
+    assert waiting[0] - time.monotonic() <= 300
+    (row,) = vluna._running().ledger.journal.rows("sent")
+    settler.enqueue(dataclasses.replace(row, operation_id="adopted"), due=time.time() + 86_400)
+    assert max(due for due, *_ in settler._timers) - time.monotonic() <= 300
+
+
+def test_what_was_composed_once_is_sent_again_though_prices_have_changed(vluna: Vluna, gate: Sandbox) -> None:
+    """The gate compares the body under a key: other bytes would meet 409 and never be booked."""
+    operation = begin(vluna)
+    gate.faults.add("error_before", "commits", times=2)
+    bodies: list[bytes] = []
+    send = vluna.gate.send
+
+    def sending(request: Any, **how: Any) -> Any:
+        if request.kind == "commit":
+            bodies.append(request.body)
+            gate.unprice(f"{FEATURE}.tokens.cached")
+            vluna._running().prices.forget(FEATURE)
+        return send(request, **how)
+
+    vluna.gate.send = sending  # type: ignore[method-assign]
+    operation.finish(Ending("complete", usage=TokenUsage(100, 20, cached_tokens=40), finished=True))
+    assert not vluna.flush(0.05)
+    vluna.flush(10)
+    assert len(bodies) == 3
+    assert len(set(bodies)) == 1
+
+
+def test_a_job_that_finds_its_lease_committed_was_settled_by_another_run(vluna: Vluna, gate: Sandbox) -> None:
+    with call_context(principal_id="ann", idempotency_key="job-42"):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    assert operation.lease is not None
+    vluna.gate.commit(lease=operation.lease, principal_id="ann", quantity=7)
+    operation.finish(USED)
+    receipt = operation.wait(5)
+    assert receipt is not None
+    assert (receipt.state, receipt.charged_xusd) == ("lapsed", 0)
+    assert charged(gate) == [7]

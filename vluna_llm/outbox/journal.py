@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 from ..errors import OutboxUnavailable
 from ..operation import Settlement
-from ..reentry import held
 from .lock import FileLock
 from .row import COLUMNS, Row, changed_values, from_values, insert_values
 
@@ -246,9 +245,9 @@ class Journal:
     # -- end -------------------------------------------------------------------------------------------------------
 
     @property
-    def entered(self) -> bool:
-        """Whether this thread is inside the journal."""
-        return held(self._guard)
+    def lock(self) -> object:
+        """The lock of every method (`vluna_llm.reentry`)."""
+        return self._guard
 
     def left_to_parent(self) -> None:
         """In a forked child: close the copy of the lock, which would outlive the parent; the parent's own stays."""

@@ -131,3 +131,21 @@ def test_a_lost_operation_whose_owner_was_only_asleep_still_books() -> None:
 def test_a_parked_operation_sends_nothing() -> None:
     state = OperationState().leased("lease_token").started().parked()
     assert (state.work, state.settlement) == ("parked", "lapsed")
+
+
+def test_an_ingest_is_a_repair_only_where_a_commit_went_before_it() -> None:
+    leased = OperationState().leased("lease_token").started()
+    after_cancel = leased.aborted().sent().completed(USAGE, "provider")
+    ungated = OperationState().ungated().started().completed(USAGE, "provider")
+    repaired = leased.completed(USAGE, "provider").sent().quarantined().repair()
+    assert [state.route for state in (after_cancel, ungated, repaired)] == ["ingest"] * 3
+    assert [state.is_repair for state in (after_cancel, ungated, repaired)] == [False, False, True]
+
+
+def test_a_late_lease_is_taken_only_for_usage_that_waits_to_be_ingested() -> None:
+    ungated = OperationState().ungated().started()
+    waiting = ungated.completed(USAGE, "provider")
+    late = waiting.late_lease("lease_token")
+    assert (late.admission, late.route, late.settlement, late.usage) == ("leased", "commit", "pending", USAGE)
+    for state in (OperationState(), ungated, waiting.sent(), waiting.sent().booked(), ungated.failed()):
+        assert state.late_lease("lease_token") is state

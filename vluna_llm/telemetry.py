@@ -7,7 +7,7 @@ span id that the journal keeps. Attributes never hold a prompt, an answer or a s
 event name                           severity  when
 ==================================== ========= =====================================================================
 ``vluna.hint``                       INFO/WARN a hint came with an answer of the gate
-``vluna.operation.denied``           INFO      the gate refused a call (402, 403, 422, 429)
+``vluna.operation.denied``           INFO      the gate refused a call (402, 403, 429); ERROR where it never can (422)
 ``vluna.operation.ungated``          WARN      a call ran without a lease; its usage is booked by ingest
 ``vluna.operation.aborted``          INFO      a call was given up or failed; the lease is cancelled
 ``vluna.usage.estimated``            WARN      a completed call brought no usage; an estimate is billed
@@ -15,14 +15,16 @@ event name                           severity  when
 ``vluna.settlement.quarantined``     ERROR     the gate answered 200 and charged nothing
 ``vluna.settlement.repaired``        WARN      usage of a quarantined commit was booked by ingest
 ``vluna.settlement.refused``         ERROR     the gate will not take a settlement; an operator has to look
-``vluna.settlement.retrying``        WARN      a settlement could not be delivered and is kept
-``vluna.endpoint.unmetered``         WARN      a call that costs money went through unmetered
+``vluna.settlement.retrying``        WARN      a settlement is kept and tried again; ERROR where somebody has to act
+``vluna.endpoint.unmetered``         WARN      a call that costs money went through unbilled; ERROR where it was meant
+                                               to be billed
 ``vluna.internal_error``             ERROR     an error of this package; the product's call went on
 ==================================== ========= =====================================================================
 
 Attributes: ``vluna.operation.id``, ``vluna.principal.id``, ``vluna.feature.code``, ``vluna.lease.id``,
 ``vluna.commit.id``, ``vluna.request.id``, ``vluna.amount_xusd``, ``vluna.usage.source``, ``vluna.phase``
 (``authorize``, ``commit``, ``ingest``, ``cancel``), ``vluna.hint.type`` and ``vluna.hint.<field>``,
+``vluna.attempts``, ``vluna.denial.reason``, ``vluna.forgone_tokens``, ``vluna.endpoint``, ``vluna.audio_seconds``,
 ``gen_ai.request.model``, ``gen_ai.response.id``, ``gen_ai.usage.input_tokens``, ``gen_ai.usage.output_tokens``,
 ``error.type``.
 """

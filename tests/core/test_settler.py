@@ -344,3 +344,14 @@ def test_a_job_that_finds_its_lease_committed_was_settled_by_another_run(vluna: 
     assert receipt is not None
     assert (receipt.state, receipt.charged_xusd) == ("lapsed", 0)
     assert charged(gate) == [7]
+
+
+def test_a_lease_that_the_gate_does_not_know_any_more_is_repaired_by_ingest(vluna: Vluna, gate: Sandbox) -> None:
+    operation = begin(vluna)
+    answer = '{"ok":false,"code":"RESOURCE.NOT_FOUND","message":"lease not found","meta":{"status":422}}'
+    gate.faults.add("status", "commits", times=1, status=422, body=answer)
+    operation.finish(USED)
+    receipt = operation.wait(10)
+    assert receipt is not None
+    assert receipt.state == "rebooked"
+    assert [(entry.kind, entry.quantity) for entry in gate.booked("ann").entries] == [("ingest", 120)]

@@ -254,3 +254,11 @@ def test_somebody_who_opened_the_file_by_hand_holds_a_caller_up_for_a_moment_onl
     other.close()
     journal.insert(row())
     journal.close()
+
+
+def test_work_in_the_background_stays_listed(tmp_path: Path) -> None:
+    """Its usage is not known before somebody retrieves the response."""
+    journal = Journal(tmp_path)
+    journal.insert(row(state=OperationState().leased("lease_token").started().parked(), ended_at=10.0))
+    assert journal.prune(2_000.0) == 0
+    journal.close()

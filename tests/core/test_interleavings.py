@@ -408,3 +408,19 @@ def test_usage_that_turns_up_while_a_cancel_is_being_composed_takes_its_place(
     assert charged(gate) == [120]
     assert "cancel" not in {request.route for request in gate.requests}
     assert vluna.telemetry.counts["vluna.internal_error"] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_note_of_the_parent_is_not_acted_on_by_its_child(vluna: Vluna) -> None:
+    acted: list[int] = []
+    vluna._process.later(lambda: acted.append(os.getpid()))
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        with contextlib.suppress(Exception):
+            begin(vluna, "child").fail()
+            code = 0 if vluna.close(5) and not acted else 2
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert vluna.flush(5)
+    assert acted == [os.getpid()]

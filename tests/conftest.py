@@ -21,12 +21,11 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test may see the developer's own gate or provider key."""
     for name in list(os.environ):
         if name.startswith(("VLUNA_", "OPENAI_", "ANTHROPIC_")):
             monkeypatch.delenv(name)
-    yield
 
 
 @pytest.fixture

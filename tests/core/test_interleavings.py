@@ -424,3 +424,24 @@ def test_a_note_of_the_parent_is_not_acted_on_by_its_child(vluna: Vluna) -> None
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert vluna.flush(5)
     assert acted == [os.getpid()]
+
+
+def test_what_close_left_behind_is_there_before_anything_else_happens(
+    make_vluna: Callable[..., Vluna], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operation that ends after close must meet its own row, and not a second one."""
+    adopting = Journal.adopting
+
+    def only_named(journal: Journal, base_url: str, realm_id: str, paths: Any = None) -> Any:
+        return adopting(journal, base_url, realm_id, paths) if paths is not None else iter(())
+
+    monkeypatch.setattr(Journal, "adopting", only_named)
+    vluna = make_vluna(outbox=str(tmp_path))
+    operation = begin(vluna)
+    vluna.close()
+    row = vluna._running().ledger.get(operation.operation_id)
+    assert row is not None
+    assert row.state.settlement == "lost"
+    operation.finish(USED)
+    assert vluna.flush(5)
+    assert vluna._running().ledger.journal.counts() == {"booked": 1}

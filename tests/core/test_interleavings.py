@@ -98,8 +98,9 @@ def test_a_collector_that_ends_a_call_while_its_scope_adds_up_loses_no_figure(
     assert scope.usage.total_tokens == 240
 
 
-def test_an_answer_that_is_forgotten_after_close_is_booked_by_the_next_flush(
-    make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Path
+@pytest.mark.parametrize("how", ["flush", "close"])
+def test_an_answer_that_is_forgotten_after_close_is_booked_by_the_next_flush_or_at_exit(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Path, how: str
 ) -> None:
     """The finalizer itself starts nothing: it may run inside any lock, or while the interpreter ends."""
     vluna = make_vluna(outbox=str(tmp_path))
@@ -108,7 +109,7 @@ def test_an_answer_that_is_forgotten_after_close_is_booked_by_the_next_flush(
     before = threading.active_count()
     operation.abandon(lambda: USED)
     assert threading.active_count() == before
-    assert vluna.flush(10)
+    assert vluna.flush(10) if how == "flush" else vluna.close(10)
     assert charged(gate) == [120]
 
 

@@ -329,3 +329,33 @@ def test_a_job_whose_lease_belongs_to_another_request_is_held_and_never_charged_
     assert charged(gate) == [120]
     assert scope.receipts[0].state == "refused"
     assert "may have been charged" in (scope.receipts[0].detail or "")
+
+
+def test_a_call_that_was_cancelled_while_the_gate_was_asked_is_over(vluna: Vluna, gate: Sandbox) -> None:
+    gate.faults.add("hang", "authorize")
+
+    async def main() -> None:
+        with call_context(principal_id="ann") as scope:
+            task = asyncio.ensure_future(vluna.abegin(CALL))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert scope.pending == 0
+
+    asyncio.run(main())
+    gate.faults.clear()
+    assert vluna._running().ledger.journal.counts() == {"lapsed": 1}, "and is never listed as lost"
+
+
+def test_what_ran_without_the_gate_counts_until_the_gate_answers(
+    make_vluna: Callable[..., Vluna], gate: Sandbox
+) -> None:
+    vluna = make_vluna(authorize_deadline=0.2)
+    gate.faults.add("drop_before", "authorize", times=None)
+    for n in range(2):
+        begin(vluna).fail()
+        assert vluna._admissions._cap.used("ann") == n + 1
+    gate.faults.clear()
+    begin(vluna).fail()
+    assert vluna._admissions._cap.used("ann") == 0

@@ -359,3 +359,29 @@ def test_what_ran_without_the_gate_counts_until_the_gate_answers(
     gate.faults.clear()
     begin(vluna).fail()
     assert vluna._admissions._cap.used("ann") == 0
+
+
+def test_two_customers_with_a_user_and_a_job_of_one_name_are_both_charged(vluna: Vluna, gate: Sandbox) -> None:
+    """The gate's keys know no customer: ours have to."""
+    for principal in ("ann", "bob"):
+        with call_context(principal_id=principal, user_id="admin", idempotency_key="job-1") as scope:
+            operation = vluna.begin(CALL)
+        assert operation is not None
+        operation.finish(USED)
+        assert scope.wait(5)
+    assert charged(gate, "ann") == charged(gate, "bob") == [120]
+
+
+def test_a_job_that_takes_up_where_it_failed_is_charged_for_the_request_that_was_missing(
+    make_vluna: Callable[..., Vluna], gate: Sandbox
+) -> None:
+    first, second = (ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": [n]}) for n in "ab")
+    for calls in ([first], [second], [second, first]):
+        vluna = make_vluna()
+        with call_context(principal_id="ann", idempotency_key="job-1") as scope:
+            for call in calls:
+                operation = vluna.begin(call)
+                assert operation is not None
+                operation.finish(USED)
+        assert scope.wait(5)
+    assert charged(gate) == [120, 120]

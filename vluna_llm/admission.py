@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ class Prepared:
 
     def with_state(self, state: OperationState, response_id: str | None = None) -> Prepared:
         """The same call in another state."""
-        row = dataclasses.replace(ended(self.row), state=state, response_id=response_id)
+        row = ended(self.row).evolve(state=state, response_id=response_id)
         return Prepared(row, self.context, self.estimate)
 
 
@@ -161,9 +160,7 @@ class Admissions:
 
     def _end(self, process: Process, prepared: Prepared, step: Callable[[OperationState], OperationState]) -> None:
         def end(runtime: Runtime) -> None:
-            row = runtime.ledger.apply(
-                prepared.row.operation_id, lambda now: dataclasses.replace(ended(now), state=step(now.state))
-            )
+            row = runtime.ledger.apply(prepared.row.operation_id, lambda now: ended(now).evolve(state=step(now.state)))
             runtime.ledger.settled(row or prepared.row, None)
 
         try:
@@ -174,18 +171,22 @@ class Admissions:
             prepared.watch.close(prepared.row.operation_id, None)
 
     def _operation(self, process: Process, prepared: Prepared, lease: Lease | None) -> Operation:
-        def admitted(row: Row) -> Row:
-            if lease is None:
-                return row.with_state(row.state.ungated().started())
-            return leased(row, lease, row.state.leased(lease.dialect).started())
-
         watch = prepared.watch
         assert watch is not None
-        row = process.write(
-            lambda runtime: runtime.ledger.apply(
-                prepared.row.operation_id, admitted, fallback=prepared.row, watch=watch
+        row: Row | None
+        if lease is not None:
+            # Not written: should this process die, its call is lost with or without a lease. The row that ends the
+            # call holds both, and the caller is spared a write.
+            row = leased(prepared.row, lease, prepared.row.state.leased(lease.dialect).started())
+        else:
+            row = process.write(
+                lambda runtime: runtime.ledger.apply(
+                    prepared.row.operation_id,
+                    lambda now: now.with_state(now.state.ungated().started()),
+                    fallback=prepared.row,
+                    watch=watch,
+                )
             )
-        )
         return Operation(
             process,
             row or prepared.row,

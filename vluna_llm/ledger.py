@@ -11,7 +11,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from .context import Scope
@@ -249,4 +248,4 @@ class Ledger:
 
 def ended(row: Row) -> Row:
     """The row with the time at which its work ended."""
-    return row if row.ended_at is not None else replace(row, ended_at=time.time())
+    return row if row.ended_at is not None else row.evolve(ended_at=time.time())

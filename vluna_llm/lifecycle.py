@@ -7,7 +7,6 @@ code that runs when a stream is closed, cancelled or torn down with its event lo
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -181,8 +180,8 @@ class Operation:
     def _park(self, runtime: Runtime, response_id: str | None) -> None:
         row = runtime.ledger.apply(
             self.operation_id,
-            lambda now: dataclasses.replace(
-                ended(self._known(now)), state=self._known(now).state.parked(), response_id=plain_text(response_id)
+            lambda now: ended(self._known(now)).evolve(
+                state=self._known(now).state.parked(), response_id=plain_text(response_id)
             ),
             fallback=self._row,
             watch=self._watch,
@@ -212,9 +211,7 @@ class Operation:
                 return found
             changed = True
             row = now if now.body is None or state.route == now.state.route else withdrawn(now)
-            return dataclasses.replace(
-                row, state=state, response_id=response_id or row.response_id, ended_at=time.time()
-            )
+            return row.evolve(state=state, response_id=response_id or row.response_id, ended_at=time.time())
 
         row = runtime.ledger.apply(self.operation_id, change, fallback=self._row, watch=self._watch)
         if row is None or not changed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal
 
@@ -80,8 +80,7 @@ def wants_lease(row: Row) -> bool:
 
 def leased(row: Row, lease: Lease, state: OperationState) -> Row:
     """The row with its lease."""
-    return replace(
-        row,
+    return row.evolve(
         state=state,
         lease_token=lease.token,
         lease_id=lease.lease_id,
@@ -279,4 +278,4 @@ def receipt_of(row: Row, state: ReceiptState, result: CommitResult | None, detai
 
 def withdrawn(row: Row) -> Row:
     """The row without the bytes of a settlement that will not be sent (again): its route has changed."""
-    return replace(row, path=None, body=None, attempts=0, next_attempt_at=0.0)
+    return row.evolve(path=None, body=None, attempts=0, next_attempt_at=0.0)

@@ -7,7 +7,6 @@ many customers are served at once. A settlement that waits for its next attempt 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import heapq
 import queue
 import random
@@ -341,9 +340,9 @@ class Settler:
         def send(current: Row) -> Row:
             if current.state.route != route or current.state.settlement not in ("pending", "sent"):
                 return current
-            changed = dataclasses.replace(current, state=current.state.sent())
+            changed = current.evolve(state=current.state.sent())
             if composed is not None and current.body is None:
-                changed = dataclasses.replace(changed, path=composed.path, body=composed.body)
+                changed = changed.evolve(path=composed.path, body=composed.body)
             return changed
 
         sent = self._ledger.apply(row.operation_id, send)
@@ -414,7 +413,7 @@ class Settler:
         due = time.time() + delay
         self._ledger.apply(
             row.operation_id,
-            lambda now: dataclasses.replace(now, next_attempt_at=due, attempts=attempts, last_error=verdict.detail),
+            lambda now: now.evolve(next_attempt_at=due, attempts=attempts, last_error=verdict.detail),
         )
         loud = verdict.outcome == "retry_slowly"
         if loud or attempts >= _LOUD_AFTER:
@@ -432,7 +431,7 @@ class Settler:
 
         def change(now: Row) -> Row:
             state = now.state.quarantined().repair()
-            return dataclasses.replace(withdrawn(now), state=state, last_error=verdict.detail)
+            return withdrawn(now).evolve(state=state, last_error=verdict.detail)
 
         self._ledger.apply(row.operation_id, change)
         self._telemetry.emit(
@@ -451,8 +450,8 @@ class Settler:
         def change(now: Row) -> Row:
             if now.state.route != row.state.route:
                 return now  # usage outranked the cancel while it was on its way
-            return dataclasses.replace(
-                now, state=_machine_step(now.state, state), receipt=stored, last_error=detail or now.last_error
+            return now.evolve(
+                state=_machine_step(now.state, state), receipt=stored, last_error=detail or now.last_error
             )
 
         ended = self._ledger.apply(row.operation_id, change)

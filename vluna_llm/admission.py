@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .context import CallContext
-from .errors import GateError, GateUnavailable, OutboxUnavailable, VlunaError
+from .errors import GateDenied, GateError, GateUnavailable, OutboxUnavailable, VlunaError
 from .ledger import Watch, ended
 from .lifecycle import Operation
 from .operation import OperationState
@@ -75,7 +75,10 @@ class Admissions:
             except OutboxUnavailable as error:
                 failure = error
         if self._settings.on_outbox_unavailable == "deny" and mode == "enforce":
-            raise OutboxUnavailable(f"{failure}; VLUNA_LLM_ON_OUTBOX_UNAVAILABLE is 'deny', so the call is not made.")
+            raise OutboxUnavailable(
+                f"{failure}; VLUNA_LLM_ON_OUTBOX_UNAVAILABLE is 'deny', so the call is not made: "
+                "set VLUNA_LLM_OUTBOX to a directory that can be written."
+            )
         self._telemetry.emit(
             "vluna.internal_error",
             "error",
@@ -115,7 +118,7 @@ class Admissions:
             raise decision.error
         if isinstance(outcome, Lease):
             return self._operation(process, prepared, outcome)
-        self._tell_ungated(row, decision)
+        self._tell_ungated(row, decision, outcome)
         return self._admit_ungated(process, prepared)
 
     def rescue(self, process: Process, prepared: Prepared, error: BaseException, mode: Mode) -> Operation | None:
@@ -206,19 +209,19 @@ class Admissions:
             {
                 **attributes_of(prepared.row),
                 "error.type": type(error).__name__,
-                "vluna.denial.reason": getattr(error, "reason", None),
+                "vluna.denial.reason": _reason(error),
             },
             span=span_of(prepared.row),
             message=decision.reason,
         )
 
-    def _tell_ungated(self, row: Row, decision: Decision) -> None:
+    def _tell_ungated(self, row: Row, decision: Decision, outcome: GateError) -> None:
         self._telemetry.emit(
             "vluna.operation.ungated",
             "error" if decision.severity == "loud" else "warn",
-            {**attributes_of(row), "error.type": type(decision.error).__name__ if decision.error else None},
+            {**attributes_of(row), "error.type": type(outcome).__name__, "vluna.denial.reason": _reason(outcome)},
             span=span_of(row),
-            message=decision.reason,
+            message=f"{decision.reason}. {outcome.message.rstrip('.')}. {outcome.advice}",
         )
 
     def _learn(
@@ -239,3 +242,7 @@ class Admissions:
         elif isinstance(outcome, Lease):
             self._denials.clear(customer)
             self._cap.reset(principal_id)
+
+
+def _reason(error: GateError | None) -> str | None:
+    return error.reason if isinstance(error, GateDenied) else None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType, TracebackType
 from typing import Any
 
-from .identity import validate_id, validate_labels
+from .identity import validate_code, validate_id, validate_labels
 from .reentry import held
 from .types import Receipt
 from .usage.types import TokenUsage
@@ -99,7 +99,8 @@ def make_context(
     """A validated `CallContext`.
 
     Raises:
-        ConfigurationError: an id is empty, too long, outside Latin-1 or has blanks at an edge; a label is unusable.
+        ConfigurationError: an id is empty, too long, outside Latin-1 or has blanks at an edge; a code has characters
+            that the gate refuses; a label is unusable.
     """
     given: dict[str, Any] = {
         "principal_id": principal_id,
@@ -114,6 +115,9 @@ def make_context(
     for name, value in given.items():
         if value is not None:
             validate_id(value, name)
+    for name in ("feature_code", "feature_family_code"):
+        if given[name] is not None:
+            given[name] = validate_code(given[name], name)
     clean = MappingProxyType(validate_labels(labels)) if labels else _NO_LABELS
     return CallContext(**given, labels=clean)
 

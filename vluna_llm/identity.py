@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from .errors import ConfigurationError
 
 MAX_ID_LENGTH = 255
+LONGEST_CODE = 128
 MAX_LABELS = 32
 MAX_LABEL_LENGTH = 512
+
+_CODE = re.compile(r"[a-z0-9](?:[a-z0-9._/@:-]*[a-z0-9])?")
+_PAYERS = frozenset({"principal_id", "user_id", "VLUNA_LLM_PRINCIPAL", "VLUNA_LLM_USER"})
 
 
 def validate_id(value: object, name: str) -> str:
@@ -24,11 +29,10 @@ def validate_id(value: object, name: str) -> str:
         ConfigurationError: not text, empty, too long, blanks at an edge, control characters, outside Latin-1.
     """
     if not isinstance(value, str):
-        raise ConfigurationError(
-            f"{name} must be text, not {type(value).__name__}; pass str(...) of your customer's id."
-        )
+        raise ConfigurationError(f"{name} must be text, not {type(value).__name__}; pass str(...) of it.")
     if not value:
-        raise ConfigurationError(f"{name} is empty; pass the id under which this customer is billed.")
+        fix = "pass the id under which this customer is billed" if name in _PAYERS else "pass a value, or leave it out"
+        raise ConfigurationError(f"{name} is empty; {fix}.")
     if len(value) > MAX_ID_LENGTH:
         raise ConfigurationError(f"{name} has {len(value)} characters; use at most {MAX_ID_LENGTH}.")
     if value != value.strip():
@@ -79,3 +83,23 @@ def plain_text(value: object) -> str | None:
     if isinstance(value, str) and len(value) <= MAX_LABEL_LENGTH and value.isascii() and "\x00" not in value:
         return value
     return str(value)[:MAX_LABEL_LENGTH].replace("\x00", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def is_code(code: str) -> bool:
+    """Whether the gate takes this as a code: 1 to 128 of ``[a-z0-9._/@:-]``, first and last alphanumeric."""
+    return len(code) <= LONGEST_CODE and _CODE.fullmatch(code) is not None
+
+
+def validate_code(code: str, name: str) -> str:
+    """The code in lower case, as the gate keeps it.
+
+    Raises:
+        ConfigurationError: the gate would refuse it, and the work could never be booked.
+    """
+    lowered = code.lower()
+    if not is_code(lowered):
+        raise ConfigurationError(
+            f"{name} {code!r} is no code; use 1 to {LONGEST_CODE} of a-z 0-9 . _ / @ : - "
+            "that start and end with a letter or digit."
+        )
+    return lowered

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from .errors import OutboxUnavailable
+from .errors import GateUnavailable, OutboxUnavailable
 from .gate import answers
 from .gate.client import GateClient
 from .gate.client_async import AsyncGateClient
@@ -142,6 +142,14 @@ class Runtime:
             expand=("pricing",),
             timeout=SETTLE_TIMEOUT,
         )
+        if not meters.parsed:
+            # A page of something on the way must not be taken for "no meter has a price".
+            raise GateUnavailable(
+                "the answer to gate/meters is no list of meters",
+                status=meters.status,
+                request_id=meters.request_id,
+                retryable=True,
+            )
         return {
             meter.meter_code: Price(meter.pricing.unit_price_xusd, meter.pricing.unit_quantity_minor or 1)
             for meter in meters

@@ -196,5 +196,7 @@ def _one_sentence(error: ValidationError) -> str:
             continue
         variable = _CREDENTIALS.get(name) or (name if name.isupper() else f"VLUNA_LLM_{name.upper()}")
         message = re.sub(r"^(Value error|Assertion failed), ", "", item["msg"])
+        if item["type"].startswith("bool"):
+            message = "use true or false"
         parts.append(message if variable in message else f"{variable}: {message[:1].lower()}{message[1:]}.")
     return " ".join(parts)

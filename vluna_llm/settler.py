@@ -420,7 +420,11 @@ class Settler:
             self._telemetry.emit(
                 "vluna.settlement.retrying",
                 "error" if loud else "warn",
-                {**attributes_of(row), "vluna.attempts": attempts, "error.type": type(error).__name__},
+                {
+                    **attributes_of(row),
+                    "vluna.attempts": attempts,
+                    "error.type": type(error).__name__ if error else None,
+                },
                 span=span_of(row),
                 message=f"{verdict.detail} It is kept and tried again in {delay:.1f} s",
             )

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from types import ModuleType, TracebackType
+from types import MappingProxyType, ModuleType, TracebackType
 from typing import Any, TypeVar
 
 from .admission import Admissions, Prepared
@@ -271,9 +271,16 @@ class Vluna:
     ) -> None:
         """A retrieve brought the usage of a background response: book it by ingest, once, on whatever host (rule 4).
 
-        Its key is made of the realm and the response id, so that repeated retrieves book nothing more.
+        Its key is made of the realm and the response id, so that repeated retrieves book nothing more. Where this
+        process created the response, who pays and the feature are those of that call: the retrieve may name nobody, and
+        its answer carries the dated model name (rule 12).
         """
         try:
+            if self._mode == "off":
+                return
+            parked = self._process.write(lambda runtime: runtime.ledger.journal.parked(response_id))
+            if parked is not None:
+                bound = _context_of(parked).override(current_context()).override(bound or CallContext())
             prepared = self._prepare(call, bound, background=response_id)
             if prepared is None or usage.total_tokens == 0:
                 return
@@ -493,6 +500,19 @@ _MOST = 2**53 - 1
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\x00".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def _context_of(row: Row) -> CallContext:
+    """The context in which an operation was started, as far as its row keeps it."""
+    return CallContext(
+        principal_id=row.principal_id,
+        user_id=row.user_id,
+        feature_code=row.feature_code,
+        feature_family_code=row.feature_family_code,
+        budget_id=row.budget_id,
+        labels=MappingProxyType(dict(row.labels or {})),
+        request_id=row.request_id,
+    )
 
 
 def _fingerprint(call: ModelCall) -> str:

@@ -55,11 +55,16 @@ def test_what_cannot_be_asked_is_refused_and_leaves_nothing_pending(vluna: Vluna
 
 
 @pytest.mark.parametrize("colour", ["sync", "async"])
-@pytest.mark.parametrize("wrong", [{"budget_id": "no-uuid"}, {"feature_code": "no such code!"}])
+@pytest.mark.parametrize("wrong", [{"budget_id": "no-uuid"}, {"feature_code": "retired.thing"}])
 def test_observe_lets_a_call_run_that_could_not_even_be_asked_for(
-    make_vluna: Callable[..., Vluna], colour: str, wrong: dict[str, str], caplog: pytest.LogCaptureFixture
+    make_vluna: Callable[..., Vluna],
+    gate: Sandbox,
+    colour: str,
+    wrong: dict[str, str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     vluna = make_vluna(mode="observe")
+    gate.feature("retired.thing", active=False)
     with call_context(principal_id="ann", **wrong) as scope:  # type: ignore[arg-type]
         operation = either(vluna, colour)
         if operation is not None:

@@ -282,6 +282,20 @@ def test_background_work_is_parked_and_booked_once_when_a_retrieve_brings_the_us
     assert entry.labels["response_id"] == "resp_bg"
 
 
+def test_background_work_is_billed_to_who_asked_for_it_under_its_own_feature(vluna: Vluna, gate: Sandbox) -> None:
+    """A retrieve may name nobody, and answers with the dated model name."""
+    with call_context(principal_id="ann", labels={"team": "blue"}):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    operation.park("resp_bg")
+    dated = ModelCall("responses", "openai", "gpt-4o-mini-2024-07-18", None)
+    vluna.book_background("resp_bg", TokenUsage(10, 5), dated)
+    assert vluna.flush(5)
+    (entry,) = gate.booked("ann").entries
+    assert (entry.feature, entry.quantity) == ("openai.gpt-4o-mini", 15)
+    assert entry.labels["team"] == "blue"
+
+
 def test_background_work_is_booked_once_by_two_hosts(make_vluna: Callable[..., Vluna], gate: Sandbox) -> None:
     for vluna in (make_vluna(), make_vluna()):
         with call_context(principal_id="ann") as scope:
@@ -507,3 +521,33 @@ def test_another_principal_never_inherits_the_purse_of_the_outer_one(vluna: Vlun
 def test_wrapping_something_else_is_refused_clearly(vluna: Vluna, stranger: object) -> None:
     with pytest.raises(ConfigurationError, match=r"Vluna\.wrap does not know .*; pass an openai client"):
         vluna.wrap(stranger)
+
+
+def test_a_gate_that_cannot_be_reached_is_named_with_its_setting_before_the_call_runs(
+    make_vluna: Callable[..., Vluna], caplog: pytest.LogCaptureFixture
+) -> None:
+    vluna = make_vluna(base_url="http://127.0.0.1:9/mgt/v1", authorize_deadline=0.2)
+    with call_context(principal_id="ann"):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    (line,) = [record.getMessage() for record in caplog.records if "ungated" in record.getMessage()]
+    assert "VLUNA_SERVICE_BASE_URL" in line
+    assert "error.type=GateUnavailable" in line
+    operation.fail()
+
+
+@pytest.mark.parametrize("code", ["Bad Code!", ".dot", "x" * 129])
+def test_a_code_that_the_gate_would_refuse_is_refused_at_once(vluna: Vluna, code: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"feature_code .* is no code"):
+        call_context(feature_code=code)
+    with pytest.raises(ConfigurationError, match=r"feature_code .* is no code"):
+        vluna.operation(feature_code=code)
+
+
+def test_a_code_is_kept_in_lower_case_as_the_gate_does(vluna: Vluna, gate: Sandbox) -> None:
+    with call_context(principal_id="ann", feature_code="Chat.Basic"):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    operation.finish(USED)
+    assert vluna.flush(5)
+    assert gate.booked("ann").entries[0].feature == "chat.basic"

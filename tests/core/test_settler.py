@@ -355,3 +355,17 @@ def test_a_lease_that_the_gate_does_not_know_any_more_is_repaired_by_ingest(vlun
     assert receipt is not None
     assert receipt.state == "rebooked"
     assert [(entry.kind, entry.quantity) for entry in gate.booked("ann").entries] == [("ingest", 120)]
+
+
+def test_a_page_in_the_place_of_the_prices_is_not_taken_for_no_prices(vluna: Vluna, gate: Sandbox) -> None:
+    """A proxy's 200 on ``gate/meters`` must not lead to a split that the gate would quarantine."""
+    gate.feature("plain.feature", meters=("plain.feature",))
+    gate.price("plain.feature", 4)
+    gate.faults.add("status", "meters", times=1, status=200, body="<html>welcome</html>")
+    with call_context(principal_id="ann", feature_code="plain.feature"):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    operation.finish(USED)
+    assert vluna.flush(10)
+    (entry,) = gate.booked("ann").entries
+    assert (entry.status, entry.charged_xusd) == ("applied", 480)

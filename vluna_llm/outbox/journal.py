@@ -167,6 +167,11 @@ class Journal:
             )
             return [(op, (principal, user), due) for op, principal, user, due in cursor.fetchall()]
 
+    def parked(self, response_id: str) -> Row | None:
+        """The operation that was parked under this response id, where this journal has it."""
+        rows = self._query(f"{_SELECT} WHERE work = 'parked' AND response_id = ? LIMIT 1", (response_id,))
+        return rows[0] if rows else None
+
     def counts(self) -> dict[str, int]:
         """How many operations are in each settlement state."""
         with self._reading():

@@ -9,11 +9,10 @@ from fnmatch import translate
 from typing import Any, Final, NoReturn
 
 from ..errors import ConfigurationError
+from ..identity import LONGEST_CODE, is_code
 
-LONGEST_CODE: Final = 128
 """Characters of a feature, family or meter code, at most (gate contract, section 5)."""
 
-_CODE: Final = re.compile(r"[a-z0-9](?:[a-z0-9._/@:-]*[a-z0-9])?")
 _ILLEGAL: Final = re.compile(r"[^a-z0-9._/@:-]+")
 _EDGE: Final = "._/@:-"
 _SETTING: Final = "VLUNA_LLM_FEATURES"
@@ -26,11 +25,6 @@ _KEYS: Final = {
     "meters": "meters",
 }
 _MOST_KNOWN: Final = 2_000
-
-
-def is_code(code: str) -> bool:
-    """Whether the gate takes this as a code: 1 to 128 of ``[a-z0-9._/@:-]``, first and last alphanumeric."""
-    return len(code) <= LONGEST_CODE and _CODE.fullmatch(code) is not None
 
 
 def normalize_feature_code(model: str | None, provider: str = "openai") -> str:

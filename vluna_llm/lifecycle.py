@@ -1,7 +1,7 @@
 """One operation from its admission to its settlement, as an integration holds it.
 
-Nothing here waits on the network: ending an operation is a local, durable write, and the settler does the rest. So the
-code that runs when a stream is closed, cancelled or torn down with its event loop needs no ``await``.
+Every method returns after at most one write to the journal, and none is a coroutine: a stream may be closed, cancelled
+or lose its event loop, and its end is noted all the same. What has to go over the network is the settler's.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ BreakerState = Literal["closed", "open", "half_open"]
 
 
 class Breaker:
-    """Keeps a dead gate from adding its time-out to every call (design rule 9).
+    """Stops asking a gate that does not answer, so that calls no longer wait for it (design rule 9).
 
     ``threshold`` failures in a row open it; while it is open nobody asks; after a cool-off one call at a time asks as a
     probe (``half_open``). A probe's success closes it, its failure opens it for ``growth`` times as long, up to

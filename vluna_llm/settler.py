@@ -1,7 +1,7 @@
 """The background worker that delivers settlements: one a process, started on first need.
 
-Settlements of one (principal, user) go one after another, because parallel ones deadlock the gate (design rule 16);
-many customers are served at once. A settlement that waits for its next attempt never blocks its lane.
+Each (principal, user) is a lane with one delivery at a time: a real gate answers parallel ones with deadlocks (design
+rule 16). Lanes are served side by side, and what waits for another attempt steps out of its lane meanwhile.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class Vluna:
         end_user: str | None = None,
         request_id: str | None = None,
     ) -> C:
-        """A metered client bound to one customer, for code that outlives a ``with call_context(...)``.
+        """A metered client that bills one customer wherever it is used: in threads, in streaming responses, for ever.
 
         What it is bound to wins over the surrounding context.
 

@@ -1,8 +1,8 @@
-"""This process's own journal: one SQLite file, one writer, an OS lock held for life.
+"""The journal of one process: an SQLite file that nobody else writes, beside a lock that says whether it lives.
 
-No writer ever waits for another process: each has its own file. A file whose lock is free belongs to a process that is
-dead, and may be adopted. Writes on the caller's thread use ``synchronous=NORMAL`` on a write-ahead log, which survives
-``kill -9`` (a loss of power may take the last moments with it).
+Because files are not shared, a write never queues behind another process. The lock goes when its process goes; whoever
+then gets it may take the rows over. A write-ahead log with ``synchronous=NORMAL`` keeps what was written through a
+``kill -9``; a loss of power may take the last moments with it.
 """
 
 from __future__ import annotations

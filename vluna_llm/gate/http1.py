@@ -28,17 +28,22 @@ class Http1:
         self.reusable = False
         self._request_id = request.request_id
         self._head, self._body, self._size = None, [], 0
-        headers = [(b"host", host.encode("ascii"))]
-        headers += [(name.encode("ascii"), value.encode("latin-1")) for name, value in request.headers]
+        lines = [f"{request.method} {request.target} HTTP/1.1", f"host: {host}"]
+        lines += [f"{name}: {value}" for name, value in request.headers]
         if request.body:
-            headers.append((b"content-length", b"%d" % len(request.body)))
+            lines.append(f"content-length: {len(request.body)}")
+        head = "\r\n".join(lines)
         try:
-            head = self._h11.send(h11.Request(method=request.method, target=request.target, headers=headers)) or b""
-            data = (self._h11.send(h11.Data(request.body)) or b"") if request.body else b""
+            # h11 checks the request line and keeps the state of the exchange, from which it frames the answer. It would
+            # check the other headers one by one, for a third of the exchange's CPU: ours are checked where they are
+            # made (`credentials.header_value`), and as a whole here.
+            self._h11.send(h11.Request(method=request.method, target=request.target, headers=[("host", host)]))
             self._h11.send(h11.EndOfMessage())
-        except h11.LocalProtocolError as error:
+            if head.count("\n") != len(lines) - 1 or head.count("\r") != len(lines) - 1 or "\0" in head:
+                raise TransportError("connect", "the request cannot be written: a header has a line break")
+            return head.encode("latin-1") + b"\r\n\r\n" + request.body
+        except (h11.LocalProtocolError, UnicodeEncodeError) as error:
             raise TransportError("connect", f"the request cannot be written: {error}") from error
-        return head + data
 
     def receive(self, data: bytes) -> Answer | None:
         """Take bytes from the network (none: the other side closed); the answer once it is complete.

@@ -19,7 +19,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"integrations"}),
     frozenset({"sandbox"}),
     frozenset({"vluna", "manual"}),
-    frozenset({"admission", "lifecycle"}),
+    frozenset({"admission", "lifecycle", "preparation"}),
     frozenset({"process", "runtime"}),
     frozenset({"settler"}),
     frozenset({"ledger", "settlement"}),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import os
 import threading
-import time
-import uuid
 from collections.abc import Callable, Mapping
-from types import MappingProxyType, ModuleType, TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
 from .admission import Admissions, Prepared
@@ -22,12 +18,12 @@ from .identity import plain_text
 from .lifecycle import ModelCall, Operation
 from .manual import OperationContext
 from .operation import OperationState
-from .outbox import Row
+from .preparation import MOST, context_of, fingerprint_of, prepare
 from .process import EXIT_SECONDS, Process
 from .runtime import Runtime
 from .settings import Mode, Settings
 from .settlement import authorize_arguments
-from .telemetry import SpanRef, Telemetry, log
+from .telemetry import Telemetry, log
 from .types import Lease
 from .usage.estimate import Estimate, Estimator
 from .usage.features import FeatureMap
@@ -144,8 +140,8 @@ class Vluna:
         """
         if isinstance(estimate, bool) or not isinstance(estimate, int) or estimate < 0:
             raise ConfigurationError(f"estimate must be an integer of at least 0, not {estimate!r}.")
-        if estimate > _MOST:
-            raise ConfigurationError(f"estimate is {estimate}; the gate counts up to {_MOST}.")
+        if estimate > MOST:
+            raise ConfigurationError(f"estimate is {estimate}; the gate counts up to {MOST}.")
         context = make_context(feature_code=feature_code, feature_family_code=feature_family_code)
         return OperationContext(self, context, estimate)
 
@@ -280,7 +276,7 @@ class Vluna:
                 return
             parked = self._process.write(lambda runtime: runtime.ledger.journal.parked(response_id))
             if parked is not None:
-                bound = _context_of(parked).override(current_context()).override(bound or CallContext())
+                bound = context_of(parked).override(current_context()).override(bound or CallContext())
             prepared = self._prepare(call, bound, background=response_id)
             if prepared is None or usage.total_tokens == 0:
                 return
@@ -334,8 +330,9 @@ class Vluna:
             feature = self._features.resolve(call.model, call.provider)
             code = context.feature_code or feature.feature_code
             estimate = self._estimate(call, code, uncalibrated=context.idempotency_key is not None)
-            fingerprint = _fingerprint(call) if context.idempotency_key is not None else ""
-            return self._prepared(
+            fingerprint = fingerprint_of(call) if context.idempotency_key is not None else ""
+            return prepare(
+                self.settings,
                 context,
                 code,
                 context.feature_family_code or feature.family_code,
@@ -367,8 +364,14 @@ class Vluna:
         if context is None:
             return None
         assert work.feature_code is not None
-        return self._prepared(
-            context, work.feature_code, work.feature_family_code, None, quantity=estimate, fingerprint="work"
+        return prepare(
+            self.settings,
+            context,
+            work.feature_code,
+            work.feature_family_code,
+            None,
+            quantity=estimate,
+            fingerprint="work",
         )
 
     def _payer(self, bound: CallContext | None) -> CallContext | None:
@@ -388,63 +391,6 @@ class Vluna:
             )
             return None
         return context
-
-    def _prepared(
-        self,
-        context: CallContext,
-        feature_code: str,
-        family: str | None,
-        estimate: Estimate | None,
-        *,
-        quantity: int = 0,
-        model: str | None = None,
-        fingerprint: str = "",
-        background: str | None = None,
-    ) -> Prepared:
-        assert context.principal_id is not None
-        settings = self.settings
-        base_url, realm_id = settings.base_url or "", settings.realm_id or ""
-        principal, user = context.principal_id, context.user_id or context.principal_id
-        operation_id = str(uuid.uuid4())
-        base = f"vluna-llm:{operation_id}"
-        if background is not None:
-            digest = _digest(realm_id, background)
-            operation_id = base = f"vluna-llm:background:{digest}"
-        elif context.idempotency_key is not None:
-            nth = context.scopes[-1].occurrence(fingerprint) if context.scopes else 0
-            base = "vluna-llm:job:" + _digest(
-                realm_id, principal, user, context.idempotency_key, feature_code, fingerprint, str(nth)
-            )
-        span = SpanRef.current()
-        input_tokens, output_tokens = (estimate.input_tokens, estimate.output_tokens) if estimate else (quantity, 0)
-        labels = dict(context.labels)
-        if context.end_user:
-            labels["end_user"] = context.end_user
-        row = Row(
-            operation_id=operation_id,
-            base_url=base_url,
-            realm_id=realm_id,
-            pid=os.getpid(),
-            principal_id=principal,
-            user_id=user,
-            feature_code=feature_code,
-            created_at=time.time(),
-            authorize_key=f"{base}:auth" if background is None else "",
-            settle_key=base,
-            feature_family_code=family,
-            budget_id=context.budget_id,
-            labels=labels or None,
-            model=plain_text(model),
-            estimated_input=min(input_tokens, _MOST),
-            estimated_output=min(output_tokens, _MOST),
-            request_id=context.request_id,
-            trace_id=span.trace_id if span else None,
-            span_id=span.span_id if span else None,
-            trace_flags=span.flags if span else None,
-            derived=context.idempotency_key is not None or background is not None,
-            unsplit=estimate is None,
-        )
-        return Prepared(row, context, estimate)
 
     def _admit(self, prepared: Prepared) -> Operation | None:
         mode, admissions = self._mode, self._admissions
@@ -492,39 +438,6 @@ class Vluna:
 
     def _running(self) -> Runtime:
         return self._process.running()
-
-
-_MOST = 2**53 - 1
-"""The largest number that the gate can count with (gate contract 9.1)."""
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\x00".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
-
-
-def _context_of(row: Row) -> CallContext:
-    """The context in which an operation was started, as far as its row keeps it."""
-    return CallContext(
-        principal_id=row.principal_id,
-        user_id=row.user_id,
-        feature_code=row.feature_code,
-        feature_family_code=row.feature_family_code,
-        budget_id=row.budget_id,
-        labels=MappingProxyType(dict(row.labels or {})),
-        request_id=row.request_id,
-    )
-
-
-def _fingerprint(call: ModelCall) -> str:
-    try:
-        body = json.dumps(call.body, sort_keys=True, default=_by_type)
-    except TypeError:  # names of several types have no order
-        body = json.dumps(call.body, skipkeys=True, default=_by_type)
-    return _digest(call.kind, call.model, body)
-
-
-def _by_type(value: object) -> str:
-    return type(value).__name__
 
 
 _default: Vluna | None = None

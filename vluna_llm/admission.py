@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .context import CallContext
 from .errors import GateDenied, GateError, GateUnavailable, OutboxUnavailable, VlunaError
+from .failpoints import hit
 from .ledger import Watch, ended
 from .lifecycle import Operation
 from .operation import OperationState
@@ -56,6 +57,7 @@ class Admissions:
             OutboxUnavailable: it cannot be kept, and ``on_outbox_unavailable="deny"``; never in observe mode.
         """
         prepared.watch = process.write(lambda runtime: self._store(runtime, prepared, mode, features))
+        hit("admission.stored")
 
     def guess(self, runtime: Runtime, prepared: Prepared, features: FeatureMap) -> int:
         """What the call will cost by its estimate, in XUSD; asked only where a scope shows it."""
@@ -99,6 +101,7 @@ class Admissions:
         mode: Mode,
     ) -> Operation:
         """Admit the call, or raise the refusal."""
+        hit("admission.answered")
         row = prepared.row
         now = time.monotonic()
         customer = (row.principal_id, row.user_id, row.feature_code)
@@ -190,6 +193,7 @@ class Admissions:
                     watch=watch,
                 )
             )
+            hit("admission.ungated")
         return Operation(
             process,
             row or prepared.row,
@@ -202,6 +206,7 @@ class Admissions:
 
     def _refused(self, process: Process, prepared: Prepared, decision: Decision) -> None:
         self._end(process, prepared, lambda state: state.denied())
+        hit("admission.denied")
         error = decision.error
         self._telemetry.emit(
             "vluna.operation.denied",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .ending import Ending, OnAbort, Verdict, judge
+from .failpoints import hit
 from .identity import plain_text
 from .ledger import Watch, ended
 from .outbox import Row
@@ -186,6 +187,7 @@ class Operation:
             fallback=self._row,
             watch=self._watch,
         )
+        hit("operation.parked")
         if row is not None and row.state.work == "parked":
             runtime.ledger.settled(row, None)
 
@@ -216,6 +218,7 @@ class Operation:
         row = runtime.ledger.apply(self.operation_id, change, fallback=self._row, watch=self._watch)
         if row is None or not changed:
             return
+        hit("operation.ended")
         if usage is not None and not self._used:
             self._used = True
             for scope in self._watch.scopes:

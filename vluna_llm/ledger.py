@@ -134,6 +134,19 @@ class Ledger:
         with self._guard:
             return self._find(operation_id)
 
+    def is_stored(self, operation_id: str) -> bool:
+        """Whether the row is in the journal as it stands; False where it could not be written."""
+        return operation_id not in self._unwritten
+
+    def sync(self) -> None:
+        """Make what was written survive a loss of power, too; told where that cannot be."""
+        try:
+            getattr(self.journal, "sync", lambda: None)()
+        except OutboxUnavailable as error:
+            self._telemetry.emit(
+                "vluna.internal_error", "error", {"error.type": "OutboxUnavailable"}, message=str(error)
+            )
+
     def apply(
         self,
         operation_id: str,

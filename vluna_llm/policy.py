@@ -318,6 +318,16 @@ class Breaker:
         self._probe.append(None)
         return True
 
+    def wait(self, now: float) -> float:
+        """Seconds until the next call may ask; 0 where one may now."""
+        return 0.0 if self._retry_at is None else max(0.0, self._retry_at - now)
+
+    def unused(self, now: float) -> None:
+        """Who was admitted has asked nothing: another may probe at once."""
+        if self._probing:
+            self._probing = False
+            self._retry_at = now
+
     def succeeded(self) -> None:
         """The gate answered, whatever it said."""
         self._failures = self._openings = 0

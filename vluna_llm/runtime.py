@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import random
 import threading
 import time
 from collections import Counter, deque
@@ -34,6 +35,8 @@ from .usage.features import MeterNames
 from .usage.types import TokenUsage
 
 SETTLE_TIMEOUT = 5.0
+_ADOPT_EVERY = 10.0
+"""Seconds between two looks for journals of processes that died meanwhile."""
 _MAX_COUNTED_PRINCIPALS = 10_000
 
 
@@ -108,12 +111,13 @@ class Runtime:
             before_delivery=self._apply_lessons,
         )
         # Whether this thread is inside a critical section of this runtime.
-        self.entered = any_held(self._guard, *self.ledger.locks, self.settler.lock)
+        self.entered = any_held(self._guard, *self.ledger.locks, *self.settler.locks)
         if predecessor is not None:
             # At once: operations that began before ``close`` end in this runtime, and must find their rows.
             self._adopt([predecessor])
         # Not on the caller's path: a directory may hold the backlog of a long outage.
-        self.settler.abandoned(self._adopt)
+        self.settler.keeper.note(self._adopt)
+        self.settler.keeper.every(_ADOPT_EVERY * random.uniform(0.8, 1.2), "adopt", self._adopt)
         self.settler.start()
 
     def _adopt(self, paths: Sequence[Path] | None = None) -> None:

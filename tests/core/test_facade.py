@@ -489,7 +489,7 @@ def test_memory_stays_flat_over_many_operations(vluna: Vluna) -> None:
         assert vluna.flush(10)
     assert len(runtime.ledger._rows) == 0
     assert len(runtime.ledger._watches) == 0
-    assert len(runtime.settler._lanes) == 0
+    assert len(runtime.settler._backlog) == runtime.settler._backlog.lanes == 0
 
 
 def test_bad_identities_get_one_clear_sentence(vluna: Vluna) -> None:

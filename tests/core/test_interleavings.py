@@ -48,7 +48,7 @@ def charged(gate: Sandbox, principal: str = "ann") -> list[int]:
     return [entry.quantity for entry in gate.booked(principal).entries if entry.charged_xusd > 0]
 
 
-@pytest.mark.parametrize("where", ["journal.update", "ledger._remember", "settler._now", "journal._execute"])
+@pytest.mark.parametrize("where", ["journal.update", "ledger._remember", "backlog.offer", "journal._execute"])
 def test_a_collector_that_ends_another_call_inside_our_locks_neither_hangs_nor_loses_it(
     vluna: Vluna, gate: Sandbox, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -58,7 +58,7 @@ def test_a_collector_that_ends_another_call_inside_our_locks_neither_hangs_nor_l
     places: dict[str, Any] = {
         "journal": runtime.ledger.journal,
         "ledger": runtime.ledger,
-        "settler": runtime.settler,
+        "backlog": runtime.settler._backlog,
     }
     part, name = where.split(".")
     inside = getattr(places[part], name)
@@ -394,8 +394,8 @@ def test_a_lock_is_not_had_twice_in_one_process(tmp_path: Path) -> None:
 def test_usage_that_turns_up_while_a_cancel_is_being_composed_takes_its_place(
     vluna: Vluna, gate: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settler = vluna._running().settler
-    priced, late = settler._priced, [begin(vluna)]
+    delivery = vluna._running().settler.delivery
+    priced, late = delivery._priced, [begin(vluna)]
     operation = late[0]
 
     def usage_comes(row: Any) -> Any:
@@ -403,7 +403,7 @@ def test_usage_that_turns_up_while_a_cancel_is_being_composed_takes_its_place(
             late.pop().finish(USED)
         return priced(row)
 
-    monkeypatch.setattr(settler, "_priced", usage_comes)
+    monkeypatch.setattr(delivery, "_priced", usage_comes)
     operation.finish(Ending("closed"))
     assert vluna.flush(10)
     assert charged(gate) == [120]

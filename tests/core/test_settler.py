@@ -304,11 +304,11 @@ def test_no_hint_and_no_jump_of_the_clock_keeps_a_settlement_waiting_for_longer_
     operation.finish(USED)
     assert not vluna.flush(1)
     settler = vluna._running().settler
-    (waiting,) = settler._timers
-    assert waiting[0] - time.monotonic() <= 300
+    (waiting,) = settler._backlog._timers
+    assert waiting.at - time.monotonic() <= 300
     (row,) = vluna._running().ledger.journal.rows("sent")
     settler.enqueue(dataclasses.replace(row, operation_id="adopted"), due=time.time() + 86_400)
-    assert max(due for due, *_ in settler._timers) - time.monotonic() <= 300
+    assert max(timer.at for timer in settler._backlog._timers) - time.monotonic() <= 300
 
 
 def test_what_was_composed_once_is_sent_again_though_prices_have_changed(vluna: Vluna, gate: Sandbox) -> None:

@@ -1,0 +1,335 @@
+"""One delivery of one settlement: its bytes are composed, stored, sent, and what the gate said is stored.
+
+Everything here runs in the settler's workers and may block. What is written is written through a `Store`: the ledger of
+this process for its own rows, a claim of the shared outbox for rows that any host may deliver.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from .errors import (
+    ConfigurationError,
+    GateAuthError,
+    GateDenied,
+    GateError,
+    GateUnavailable,
+    IdempotencyConflict,
+    InvalidGateRequest,
+)
+from .failpoints import hit
+from .gate.models import CancelResult, CommitResult
+from .gate.requests import POST_PATHS, GateRequest
+from .operation import OperationState
+from .outbox import Row
+from .pricing import PriceBook
+from .reporting import attributes_of, receipt_json, span_of, tell_end
+from .settlement import (
+    LONGEST_WAIT,
+    Verdict,
+    backoff,
+    compose,
+    judge_cancel,
+    judge_commit,
+    judge_error,
+    judge_ingest,
+    leased,
+    receipt_of,
+    settle_key,
+    slow_backoff,
+    unpriced,
+    wants_lease,
+    withdrawn,
+)
+from .telemetry import Telemetry
+from .types import Lease, Receipt, ReceiptState
+from .usage.features import MeterNames
+from .usage.meters import MetersMode
+
+_LOUD_AFTER = 3
+
+
+class Courier(Protocol):
+    """What a delivery needs of a gate client: send stored bytes, once, and read the answer."""
+
+    def settle(
+        self, request: GateRequest, *, traceparent: str | None, request_id: str | None
+    ) -> CommitResult | CancelResult:
+        """Send one settlement; raises `GateError`. No retries of its own."""
+        ...
+
+    def lease(self, row: Row) -> Lease:
+        """Ask for the lease of a job that ran without one; raises `GateError`."""
+        ...
+
+
+class Store(Protocol):
+    """Where a row is kept while it is delivered. Every change is durable, against a crash, when ``apply`` returns."""
+
+    def get(self, operation_id: str) -> Row | None:
+        """The row as it stands; None where it is not delivered from here."""
+        ...
+
+    def apply(self, operation_id: str, change: Callable[[Row], Row]) -> Row | None:
+        """Replace the row by ``change(row)``; gives the row as it now stands."""
+        ...
+
+    def sync(self) -> None:
+        """Make what was applied survive a loss of power, too."""
+        ...
+
+    def settled(self, row: Row, receipt: Receipt) -> None:
+        """Nothing more will be sent for this row by itself."""
+        ...
+
+
+class Delivery:
+    """Delivers settlements, one attempt at a time. Any number of threads may share it.
+
+    Args:
+        courier: the way to the gate.
+        prices: which meters have a price.
+        telemetry: what is told.
+        meters: the setting ``VLUNA_LLM_METERS``.
+        names: the meters of a feature.
+        retry_after: seconds until the next attempt, by the number of attempts and jitter.
+        heard: told after each exchange whether the gate could do its work.
+    """
+
+    def __init__(
+        self,
+        courier: Courier,
+        prices: PriceBook,
+        telemetry: Telemetry,
+        *,
+        meters: MetersMode,
+        names: Callable[[str], MeterNames],
+        retry_after: Callable[[int, float], float] = backoff,
+        heard: Callable[[bool], None] = lambda works: None,
+    ) -> None:
+        self._courier = courier
+        self._prices = prices
+        self._telemetry = telemetry
+        self._meters = meters
+        self._names = names
+        self._backoff = retry_after
+        self._heard = heard
+
+    def deliver(self, operation_id: str, store: Store) -> float | None:
+        """Try one settlement once; the seconds until the next attempt, None where there is none."""
+        row = store.get(operation_id)
+        if row is None or row.state.settlement not in ("pending", "sent"):
+            return None
+        try:
+            sent = self._ready_to_send(row, store)
+            if sent is None:
+                return None
+            row = sent
+            request = self._stored_request(row)
+            result = self._courier.settle(request, traceparent=_traceparent(row), request_id=row.request_id)
+        except _NoPrice as error:
+            self._prices.forget(row.feature_code)
+            return self._after(store, row, Verdict("retry_slowly", detail=str(error)), None)
+        except ConfigurationError as error:
+            return self._after(store, row, Verdict("held", "refused", str(error)), None)
+        except GateError as error:
+            self._heard(not _cannot_work(error))
+            hit("delivery.answered")
+            return self._after(store, row, judge_error(error, row), None, error)
+        self._heard(True)
+        hit("delivery.answered")
+        if isinstance(result, CancelResult):
+            return self._after(store, row, judge_cancel(result), None)
+        if row.state.route == "commit":
+            return self._after(store, row, judge_commit(result, row), result)
+        return self._after(store, row, judge_ingest(result, row, repaired=row.state.is_repair), result)
+
+    # -- before it is sent -----------------------------------------------------------------------------------------
+
+    def _ready_to_send(self, row: Row, store: Store) -> Row | None:
+        """The row with its bytes composed and stored and its state ``sent``; None where nothing is to be sent now.
+
+        The prices are asked for before the state is taken, so that usage which turns up meanwhile is not missed.
+        """
+        composed: GateRequest | None = None
+        if wants_lease(row):
+            row = self._late_lease(row, store)
+        if row.body is None:
+            priced = self._priced(row)
+            names = self._names(row.feature_code)
+            composed = compose(row, mode=self._meters, names=names, priced=priced)
+            if row.state.route == "ingest" and priced is not None and (missing := unpriced(row, names, priced)):
+                raise _NoPrice(f"{', '.join(missing)}: no price at the gate, and an ingest would book it as 0. Add it.")
+            hit("delivery.composed")
+        route = row.state.route
+
+        def send(current: Row) -> Row:
+            if current.state.route != route or current.state.settlement not in ("pending", "sent"):
+                return current
+            changed = current.evolve(state=current.state.sent())
+            if composed is not None and current.body is None:
+                changed = changed.evolve(path=composed.path, body=composed.body)
+            return changed
+
+        sent = store.apply(row.operation_id, send)
+        if sent is None or sent.state.settlement != "sent" or sent.body is None:
+            return self._ready_to_send(sent, store) if sent is not None and sent.state.settlement == "pending" else None
+        store.sync()
+        hit("delivery.stored")
+        return sent
+
+    def _late_lease(self, row: Row, store: Store) -> Row:
+        try:
+            lease = self._courier.lease(row)
+        except (GateDenied, InvalidGateRequest):
+            return row  # no lease to share: booked by ingest, as any call that ran without one
+        except IdempotencyConflict as error:
+            raise ConfigurationError(
+                "Another run of this job asked for its lease with another request and may have been charged; "
+                "look at the gate's ratings before you repair it."
+            ) from error
+
+        def change(now: Row) -> Row:
+            state = now.state.late_lease(lease.dialect)
+            return now if state is now.state else leased(now, lease, state)
+
+        found = store.apply(row.operation_id, change) or row
+        hit("delivery.leased")
+        return found
+
+    def _priced(self, row: Row) -> frozenset[str] | None:
+        if row.state.route == "cancel" or self._meters != "auto":
+            return None
+        try:
+            return frozenset(self._prices.prices(row.feature_code, row.principal_id, row.user_id))
+        except (InvalidGateRequest, GateDenied):
+            return None
+
+    def _stored_request(self, row: Row) -> GateRequest:
+        assert row.state.route is not None
+        assert row.body is not None
+        assert row.path == POST_PATHS[row.state.route]
+        return GateRequest.stored(
+            row.state.route,
+            row.body,
+            idempotency_key=settle_key(row),
+            principal_id=row.principal_id,
+            user_id=row.user_id,
+        )
+
+    # -- after it was sent -----------------------------------------------------------------------------------------
+
+    def _after(
+        self, store: Store, row: Row, verdict: Verdict, result: CommitResult | None, error: GateError | None = None
+    ) -> float | None:
+        phase = row.state.route or "commit"
+        if result is not None:
+            self._tell_hints(row, phase, result)
+        elif error is not None:
+            self._telemetry.hints(error.hints, phase, attributes_of(row), span=span_of(row))
+        if verdict.outcome in ("retry", "retry_slowly"):
+            return self._keep(store, row, verdict, error)
+        if verdict.outcome == "repair":
+            return self._repair(store, row, verdict)
+        assert verdict.state is not None
+        return self._finish(store, row, verdict.state, result, verdict.detail)
+
+    def _keep(self, store: Store, row: Row, verdict: Verdict, error: GateError | None) -> float:
+        jitter = random.random()
+        attempts = row.attempts + 1
+        delay = self._backoff(attempts, jitter) if verdict.outcome == "retry" else slow_backoff(attempts, jitter)
+        if verdict.delay is not None:
+            delay = max(delay, min(verdict.delay, LONGEST_WAIT))
+        due = time.time() + delay
+        store.apply(
+            row.operation_id,
+            lambda now: now.evolve(next_attempt_at=due, attempts=attempts, last_error=verdict.detail),
+        )
+        hit("delivery.kept")
+        loud = verdict.outcome == "retry_slowly"
+        if loud or attempts >= _LOUD_AFTER:
+            self._telemetry.emit(
+                "vluna.settlement.retrying",
+                "error" if loud else "warn",
+                {
+                    **attributes_of(row),
+                    "vluna.attempts": attempts,
+                    "error.type": type(error).__name__ if error else None,
+                },
+                span=span_of(row),
+                message=f"{verdict.detail} It is kept and tried again in {delay:.1f} s",
+            )
+        return delay
+
+    def _repair(self, store: Store, row: Row, verdict: Verdict) -> float | None:
+        """Book by ingest, under the derived key, what a commit did not charge."""
+
+        def change(now: Row) -> Row:
+            state = now.state.quarantined().repair()
+            return withdrawn(now).evolve(state=state, last_error=verdict.detail)
+
+        store.apply(row.operation_id, change)
+        hit("delivery.repaired")
+        self._telemetry.emit(
+            "vluna.settlement.repaired",
+            "warn",
+            attributes_of(row),
+            span=span_of(row),
+            message=f"{verdict.detail}; booked by ingest instead",
+        )
+        return 0.0
+
+    def _finish(
+        self, store: Store, row: Row, state: ReceiptState, result: CommitResult | None, detail: str | None
+    ) -> float | None:
+        receipt = receipt_of(row, state, result, detail)
+        stored = receipt_json(receipt)
+
+        def change(now: Row) -> Row:
+            if now.state.route != row.state.route:
+                return now  # usage outranked the cancel while it was on its way
+            return now.evolve(
+                state=_machine_step(now.state, state), receipt=stored, last_error=detail or now.last_error
+            )
+
+        ended = store.apply(row.operation_id, change)
+        hit("delivery.finished")
+        if ended is not None and ended.state.settlement == "pending":
+            return 0.0
+        tell_end(self._telemetry, row, receipt)
+        store.settled(ended or row, receipt)
+        return None
+
+    def _tell_hints(self, row: Row, phase: str, result: CommitResult) -> None:
+        self._telemetry.hints(result.hints, phase, attributes_of(row), span=span_of(row))
+        if any(hint.type.startswith(("pricing.", "feature.")) for hint in result.hints):
+            self._prices.forget(row.feature_code)
+
+
+class _NoPrice(Exception):
+    """An ingest would book a line as 0: it waits for the price."""
+
+
+def _cannot_work(error: GateError) -> bool:
+    """Whether the gate is away or refuses our key, so that no other settlement could fare better."""
+    return isinstance(error, GateAuthError) or (isinstance(error, GateUnavailable) and error.retryable)
+
+
+def _machine_step(state: OperationState, receipt: ReceiptState) -> OperationState:
+    if receipt == "booked":
+        return state.booked()
+    if receipt == "rebooked":
+        return state.rebooked()
+    if receipt == "quarantined":
+        return state.quarantined()
+    if receipt == "refused":
+        return state.refused()
+    return state.booked() if state.route == "cancel" else state.lapsed()
+
+
+def _traceparent(row: Row) -> str | None:
+    span = span_of(row)
+    return span.traceparent if span else None

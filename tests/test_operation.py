@@ -149,3 +149,174 @@ def test_a_late_lease_is_taken_only_for_usage_that_waits_to_be_ingested() -> Non
     assert (late.admission, late.route, late.settlement, late.usage) == ("leased", "commit", "pending", USAGE)
     for state in (OperationState(), ungated, waiting.sent(), waiting.sent().booked(), ungated.failed()):
         assert state.late_lease("lease_token") is state
+
+
+class Books(GateModel):
+    """A gate that is mended and broken meanwhile, and whose answers are lost now and then (contract 7.5, 7.8, 9)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = True
+        self.priced = True
+        self.commits: dict[str, bool] = {}
+        self.ingests: dict[str, bool] = {}
+
+    def take(self, state: OperationState) -> OperationState:
+        """What the operation becomes once the gate has answered; what it booked stays where the answer is lost."""
+        if not self.active:
+            return state.refused()
+        if state.route == "commit":
+            if "commit" not in self.commits:
+                self.commits["commit"] = self.lease == "active" and self.priced
+                self.charges += self.commits["commit"]
+                self.lease = "closed"
+            return state.booked() if self.commits["commit"] else state.quarantined()
+        key = f"ingest:{state.used_up}"
+        if key not in self.ingests:
+            self.ingests[key] = self.priced
+            self.charges += self.priced
+        return state.booked() if self.ingests[key] else state.quarantined()
+
+
+ORDERS = (
+    "deliver",
+    "lose_the_answer",
+    "send",
+    "look",
+    "look_in_vain",
+    "retry",
+    "repair",
+    "switch_off",
+    "mend",
+    "unprice",
+    "cancel_elsewhere",
+    "die",
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(admission=st.sampled_from(["lease_token", "lease", "ungated"]), orders=st.lists(st.sampled_from(ORDERS)))
+def test_orders_of_an_operator_charge_known_usage_once(admission: str, orders: list[str]) -> None:
+    """Retries and repairs in any order, with lost answers in between: at most one charge, and one in the end."""
+    gate = Books()
+    state = OperationState().ungated() if admission == "ungated" else OperationState().leased("lease_token")
+    state = state.started().completed(USAGE, "provider")
+
+    def step(order: str, state: OperationState) -> OperationState:
+        if order == "retry":
+            return state.retry()
+        if order == "repair":
+            return state.repair()
+        if order == "die":
+            return state.owner_died()
+        if order == "send":
+            return state.sent()
+        if order in ("deliver", "lose_the_answer"):
+            sent = state.sent()
+            answered = gate.take(sent) if sent.settlement == "sent" else sent
+            return answered if order == "deliver" else sent
+        if order == "look" and state.look_first:
+            return state.found_booked() if any(gate.commits.values()) else state.found_unbooked()
+        if order == "look_in_vain" and state.look_first:
+            return state.refused()
+        if order == "cancel_elsewhere":
+            gate.lease = "canceled" if gate.lease == "active" else gate.lease
+        if order == "unprice":
+            gate.priced = False
+        if order == "switch_off":
+            gate.active = False
+        if order == "mend":
+            gate.active = gate.priced = True
+        return state
+
+    for order in orders:
+        before, state = state, step(order, state)
+        assert gate.charges <= 1, order
+        assert state.usage == before.usage
+        if state.look_first:
+            assert state.sent() == state
+    for order in ("mend", "deliver", "repair", "look", "deliver", "repair", "look", "deliver"):
+        state = step(order, state)
+    assert gate.charges == 1
+    assert state.settlement == "booked"
+
+
+def quarantined(route: str = "commit") -> OperationState:
+    started = OperationState().leased("lease_token") if route == "commit" else OperationState().ungated()
+    return started.started().completed(USAGE, "provider").sent().quarantined()
+
+
+def test_a_refused_settlement_is_retried_as_it_was() -> None:
+    refused = OperationState().leased("lease_token").started().completed(USAGE, "provider").sent().refused()
+    again = refused.retry()
+    assert (again.settlement, again.route, again.look_first) == ("pending", "commit", False)
+    assert again.retry() is again
+    assert quarantined().retry() == quarantined()
+
+
+def test_a_refused_commit_is_never_repaired_unless_the_books_were_looked_at() -> None:
+    refused = OperationState().leased("lease_token").started().completed(USAGE, "provider").sent().refused()
+    looking = refused.repair()
+    assert (looking.settlement, looking.route, looking.look_first) == ("pending", "commit", True)
+    assert looking.sent() is looking
+    assert looking.repair() is looking
+    booked, unbooked = looking.found_booked(), looking.found_unbooked()
+    assert (booked.settlement, booked.route, booked.look_first) == ("booked", "commit", False)
+    assert (unbooked.settlement, unbooked.route, unbooked.look_first) == ("pending", "ingest", False)
+    assert unbooked.is_repair
+    in_vain = looking.refused()
+    assert in_vain.retry() == refused.retry()
+
+
+def test_a_commit_found_quarantined_is_looked_up_only_where_its_answer_does_not_tell() -> None:
+    told, untold = quarantined().repair(), quarantined().repair(look_first=True)
+    assert (told.route, told.look_first) == ("ingest", False)
+    assert (untold.route, untold.look_first) == ("commit", True)
+
+
+def test_an_ingest_that_was_booked_as_nothing_is_repaired_under_the_next_key() -> None:
+    again = quarantined("ingest").repair(look_first=True)
+    assert (again.settlement, again.route, again.look_first, again.used_up) == ("pending", "ingest", False, 1)
+    refused = again.sent().refused()
+    assert refused.repair().used_up == 1
+    assert again.sent().quarantined().repair().used_up == 2
+
+
+def test_there_is_nothing_to_repair_without_usage() -> None:
+    cancelled = OperationState().leased("lease_token").started().failed().refused()
+    lost = OperationState().leased("lease_token").started().owner_died()
+    for state in (OperationState(), cancelled, lost, quarantined().repair(), lost.dropped()):
+        assert state.repair() is state
+
+
+@pytest.mark.parametrize("waiting", ["pending", "sent", "refused", "quarantined", "lost"])
+def test_what_an_operator_dropped_is_never_charged(waiting: str) -> None:
+    """Also where its usage turns up only afterwards, or an order was on its way."""
+    running = OperationState().leased("lease_token").started()
+    pending = running.completed(USAGE, "provider")
+    state = {
+        "pending": pending,
+        "sent": pending.sent(),
+        "refused": pending.sent().refused(),
+        "quarantined": pending.sent().quarantined(),
+        "lost": running.owner_died(),
+    }[waiting]
+    dropped = state.dropped()
+    assert (dropped.settlement, dropped.is_settled) == ("lapsed", True)
+    for event in (
+        dropped.completed(USAGE, "provider"),
+        dropped.retry(),
+        dropped.repair(),
+        dropped.sent(),
+        dropped.failed(),
+        dropped.owner_died(),
+        dropped.dropped(),
+    ):
+        assert event is dropped
+
+
+def test_nothing_is_dropped_that_does_not_wait() -> None:
+    running = OperationState().leased("lease_token").started()
+    booked = running.completed(USAGE, "provider").sent().booked()
+    for state in (OperationState(), running, booked, running.parked()):
+        assert state.dropped() is state

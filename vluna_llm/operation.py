@@ -9,6 +9,8 @@ admission  ``pending`` -> ``leased`` | ``ungated`` | ``denied``; ``unknown`` whi
 work       ``not_started`` -> ``running`` -> ``completed`` | ``failed`` | ``aborted`` | ``parked``
 settlement ``none`` -> ``pending`` -> ``sent`` -> ``booked`` | ``quarantined`` (-> ``rebooked``) |
            ``refused`` | ``lapsed``; ``lost`` for work whose owner died
+operator   ``refused`` -> ``pending`` (retry); ``refused``, ``quarantined`` -> ``pending`` (repair);
+           everything that waits -> ``lapsed`` (drop)
 ========== ============================================================================================
 """
 
@@ -33,7 +35,9 @@ class OperationState:
     """Where one operation stands.
 
     ``route`` is how it is being settled. ``cancel_sent`` is remembered for ever: once the gate may have ended the
-    lease, usage that turns up can only be booked by ingest.
+    lease, usage that turns up can only be booked by ingest. ``look_first``: a commit of this usage may have been
+    charged, so the gate's own books are looked at before anything is sent. ``used_up`` counts the ingests that the
+    gate took and booked as 0 for want of a price; each has used up its key for ever.
     """
 
     admission: Admission = "pending"
@@ -44,6 +48,8 @@ class OperationState:
     usage: TokenUsage | None = None
     usage_source: UsageSource | None = None
     cancel_sent: bool = False
+    look_first: bool = False
+    used_up: int = 0
 
     # -- admission -------------------------------------------------------------------------------------------------
 
@@ -146,7 +152,7 @@ class OperationState:
 
     def sent(self) -> OperationState:
         """The settlement's bytes are about to leave; from here on they never change."""
-        if self.settlement not in ("pending", "sent"):
+        if self.settlement not in ("pending", "sent") or self.look_first:
             return self
         return replace(self, settlement="sent", cancel_sent=self.cancel_sent or self.route == "cancel")
 
@@ -160,11 +166,34 @@ class OperationState:
         """The gate answered 200 and charged nothing (gate contract 9.2)."""
         return replace(self, settlement="quarantined") if self.settlement == "sent" else self
 
-    def repair(self) -> OperationState:
-        """A quarantined commit is sent again as an ingest under a key derived from the commit's (rule 6)."""
-        if self.settlement != "quarantined":
+    def repair(self, *, look_first: bool = False) -> OperationState:
+        """Usage that was not charged goes out as an ingest under a key derived from the commit's (rule 6).
+
+        A commit that was *refused* may have been charged all the same: an earlier answer may have been lost, and a gate
+        looks at feature and entitlement before it remembers what it booked (gate contract 7.5). So the gate's books are
+        looked at first, always; until they were, the operation stays a commit. Of one that was *quarantined* the caller
+        says whether they have to be: the answer itself tells that nothing was charged, except for a lease found closed.
+        An ingest is repaired by an ingest: under the same key where it was refused (the gate remembers what it booked,
+        so that nothing is charged twice), under the next one where it was booked as 0.
+        """
+        if self.settlement not in ("quarantined", "refused") or self.usage is None or self.route == "cancel":
             return self
-        return replace(self, settlement="pending", route="ingest")
+        if self.route == "commit" and (look_first or self.settlement == "refused"):
+            return replace(self, settlement="pending", look_first=True)
+        used_up = self.used_up + (self.settlement == "quarantined" and self.route == "ingest")
+        return replace(self, settlement="pending", route="ingest", used_up=used_up)
+
+    def found_booked(self) -> OperationState:
+        """The gate's books show that a commit of this usage was charged: nothing more is sent."""
+        if self.settlement != "pending" or not self.look_first:
+            return self
+        return replace(self, settlement="booked", look_first=False)
+
+    def found_unbooked(self) -> OperationState:
+        """The gate's books show that no commit of this usage was charged: an ingest goes out."""
+        if self.settlement != "pending" or not self.look_first:
+            return self
+        return replace(self, route="ingest", look_first=False)
 
     def rebooked(self) -> OperationState:
         """The repair was charged."""
@@ -181,6 +210,23 @@ class OperationState:
     def refused(self) -> OperationState:
         """The gate will never take these bytes; an operator has to look."""
         return replace(self, settlement="refused") if self.settlement in ("pending", "sent") else self
+
+    def retry(self) -> OperationState:
+        """The operator mended what the gate refused: the same bytes go out again under the same key.
+
+        Nothing is charged twice: a gate remembers the commits and ingests that it booked by their keys, for ever.
+        """
+        return replace(self, settlement="pending", look_first=False) if self.settlement == "refused" else self
+
+    def dropped(self) -> OperationState:
+        """The operator settled it by hand: nothing more is sent, whatever usage turns up later.
+
+        What was given up with ``commit`` or ``ingest`` as its route is final (`completed`).
+        """
+        if self.settlement not in ("pending", "sent", "quarantined", "refused", "lost"):
+            return self
+        route: Route = "ingest" if self.route == "ingest" else "commit"
+        return replace(self, settlement="lapsed", route=route, look_first=False)
 
     def lapsed(self) -> OperationState:
         """Nothing is owed and nothing is sent; the lease runs out by itself."""

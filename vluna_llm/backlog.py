@@ -1,8 +1,8 @@
-"""What is waiting to be delivered, as far as memory holds it: a window on the journal. Not thread-safe; no clock, no I/O.
+"""What is waiting to be delivered, as far as memory holds it: a window on the journal. No clock, no I/O, no locks.
 
 Settlements of one (principal, user), a lane, go one after another (design rule 16); lanes take turns. The window is
-bounded in all and for each lane, so that neither an outage nor one busy customer makes memory grow or keeps the others
-waiting. What finds no room stays in the journal alone; `more` says so, and the settler reads it back when there is room.
+bounded, in all and for each lane, so that neither an outage nor one busy customer makes memory grow or keeps the others
+waiting. What finds no room is in the journal alone; `more` says so, and the settler reads it back when there is room.
 
 Times are monotonic seconds, handed in.
 """
@@ -36,7 +36,7 @@ class Backlog:
     """Lanes, and who waits for another attempt.
 
     Args:
-        window: how many settlements are held in memory, about. Up to twice as many where very many lanes share it.
+        window: about how many settlements are held in memory, and never more than twice as many.
     """
 
     def __init__(self, window: int = WINDOW) -> None:
@@ -94,10 +94,8 @@ class Backlog:
     def _room(self, lane: Lane, delay: float) -> bool:
         if delay > 0:
             return len(self._waiting) < self._window // 2
-        waiting = self._lanes.get(lane)
-        if waiting is None:
-            return len(self._known) < 2 * self._window
-        return len(waiting) < self.room_of_a_lane()
+        waiting = self._lanes.get(lane, ())
+        return len(self._known) < 2 * self._window and len(waiting) < self.room_of_a_lane()
 
     def _line_up(self, operation_id: str, lane: Lane) -> None:
         waiting = self._lanes.get(lane)

@@ -73,7 +73,7 @@ class Backlog:
             elif self._busy.get(lane) == operation_id:
                 self._again.add(operation_id)
             return "known"
-        if not must and not self._room(lane, delay):
+        if not must and (len(self._known) >= 2 * self._window or not self._room(lane, delay)):
             self.more = True
             return "full"
         self._known.add(operation_id)
@@ -94,8 +94,7 @@ class Backlog:
     def _room(self, lane: Lane, delay: float) -> bool:
         if delay > 0:
             return len(self._waiting) < self._window // 2
-        waiting = self._lanes.get(lane, ())
-        return len(self._known) < 2 * self._window and len(waiting) < self.room_of_a_lane()
+        return len(self._lanes.get(lane, ())) < self.room_of_a_lane()
 
     def _line_up(self, operation_id: str, lane: Lane) -> None:
         waiting = self._lanes.get(lane)

@@ -27,7 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"gate", "outbox"}),
     frozenset({"telemetry", "pricing", "gauges"}),
     frozenset({"tap", "_tap_watch", "_tap_wire"}),
-    frozenset({"operation", "policy", "ending", "usage", "backlog"}),
+    frozenset({"operation", "policy", "ending", "usage", "backlog", "alarm"}),
     frozenset({"settings", "context", "identity", "errors", "types", "reentry", "failpoints"}),
 )
 FLOOR_OF = {unit: number for number, floor in enumerate(FLOORS) for unit in floor}
@@ -36,7 +36,7 @@ DATA = {"usage.types", "usage.meters"}
 # wrap() stands where users look for it; the integration behind it is loaded when it is called.
 UPWARDS = {("vluna", "integrations.openai")}
 # What these do depends on their arguments alone, so that every interleaving can be tried.
-PURE = {"operation", "policy", "ending", "usage", "backlog"}
+PURE = {"operation", "policy", "ending", "usage", "backlog", "alarm"}
 IMPURE = {"asyncio", "http", "httpx", "os", "queue", "select", "socket", "sqlite3", "ssl", "threading", "time"}
 
 

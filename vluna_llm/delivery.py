@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from .books import Books, judge_books
 from .errors import (
     ConfigurationError,
     GateAuthError,
@@ -28,18 +29,18 @@ from .outbox import Row
 from .pricing import PriceBook
 from .reporting import attributes_of, receipt_json, span_of, tell_end
 from .settlement import (
-    LONGEST_WAIT,
     Verdict,
     backoff,
+    before_repair,
     compose,
     judge_cancel,
     judge_commit,
     judge_error,
     judge_ingest,
     leased,
+    pause,
     receipt_of,
     settle_key,
-    slow_backoff,
     unpriced,
     wants_lease,
     withdrawn,
@@ -63,6 +64,10 @@ class Courier(Protocol):
 
     def lease(self, row: Row) -> Lease:
         """Ask for the lease of a job that ran without one; raises `GateError`."""
+        ...
+
+    def books(self, row: Row, commit_id: str | None) -> Books:
+        """Read in the gate's own books what it charged for this row; raises `GateUnavailable`."""
         ...
 
 
@@ -123,8 +128,11 @@ class Delivery:
         row = store.get(operation_id)
         if row is None or row.state.settlement not in ("pending", "sent"):
             return None
+        looked = row.state.look_first
+        if looked and (verdict := self._look_up(row, before_repair(row), None)).outcome != "repair":
+            return self._after(store, row, verdict, None)
         try:
-            sent = self._ready_to_send(row, store)
+            sent = self._ready_to_send(row, store, looked=looked)
             if sent is None:
                 return None
             row = sent
@@ -138,19 +146,37 @@ class Delivery:
         except GateError as error:
             self._heard(not _cannot_work(error))
             hit("delivery.answered")
-            return self._after(store, row, judge_error(error, row), None, error)
+            return self._after(store, row, self._settled_doubt(row, judge_error(error, row), None), None, error)
         self._heard(True)
         hit("delivery.answered")
         if isinstance(result, CancelResult):
             return self._after(store, row, judge_cancel(result), None)
         if row.state.route == "commit":
-            return self._after(store, row, judge_commit(result, row), result)
-        return self._after(store, row, judge_ingest(result, row, repaired=row.state.is_repair), result)
+            verdict = judge_commit(result, row)
+        else:
+            verdict = judge_ingest(result, row, repaired=row.state.is_repair)
+        return self._after(store, row, self._settled_doubt(row, verdict, result), result)
+
+    def _settled_doubt(self, row: Row, verdict: Verdict, result: CommitResult | None) -> Verdict:
+        return self._look_up(row, verdict, result) if verdict.outcome == "look_up" else verdict
+
+    def _look_up(self, row: Row, doubt: Verdict, result: CommitResult | None) -> Verdict:
+        """What the gate's own books make of a doubt; where they cannot be asked now, nothing is decided from that.
+
+        Nothing of it is stored: the same bytes, sent again, are answered the same, and lead to the same question.
+        """
+        try:
+            books = self._courier.books(row, result.commit_id if result is not None else None)
+        except GateError as error:
+            return Verdict("retry", detail=f"{doubt.detail}. The gate's own books could not be asked: {error.message}.")
+        return judge_books(row, books, doubt)
 
     # -- before it is sent -----------------------------------------------------------------------------------------
 
-    def _ready_to_send(self, row: Row, store: Store) -> Row | None:
+    def _ready_to_send(self, row: Row, store: Store, *, looked: bool = False) -> Row | None:
         """The row with its bytes composed and stored and its state ``sent``; None where nothing is to be sent now.
+
+        ``looked``: the gate's own books showed that nothing was charged for it.
 
         The prices are asked for before the state is taken, so that usage which turns up meanwhile is not missed.
         """
@@ -161,7 +187,11 @@ class Delivery:
             priced = self._priced(row)
             names = self._names(row.feature_code)
             composed = compose(row, mode=self._meters, names=names, priced=priced)
-            if row.state.route == "ingest" and priced is not None and (missing := unpriced(row, names, priced)):
+            if (
+                row.state.route == "ingest"
+                and priced is not None
+                and (missing := unpriced(row, names, priced, self._meters))
+            ):
                 raise _NoPrice(f"{', '.join(missing)}: no price at the gate, and an ingest would book it as 0. Add it.")
             hit("delivery.composed")
         route = row.state.route
@@ -169,14 +199,17 @@ class Delivery:
         def send(current: Row) -> Row:
             if current.state.route != route or current.state.settlement not in ("pending", "sent"):
                 return current
-            changed = current.evolve(state=current.state.sent())
+            state = current.state.found_unbooked() if looked else current.state
+            changed = current.evolve(state=state.sent())
             if composed is not None and current.body is None:
                 changed = changed.evolve(path=composed.path, body=composed.body)
             return changed
 
         sent = store.apply(row.operation_id, send)
         if sent is None or sent.state.settlement != "sent" or sent.body is None:
-            return self._ready_to_send(sent, store) if sent is not None and sent.state.settlement == "pending" else None
+            if sent is None or sent.state.settlement != "pending":
+                return None
+            return self._ready_to_send(sent, store, looked=looked)
         store.sync()
         hit("delivery.stored")
         return sent
@@ -201,7 +234,7 @@ class Delivery:
         return found
 
     def _priced(self, row: Row) -> frozenset[str] | None:
-        if row.state.route == "cancel" or self._meters != "auto":
+        if row.state.route == "cancel" or (row.state.route == "commit" and self._meters != "auto"):
             return None
         try:
             return frozenset(self._prices.prices(row.feature_code, row.principal_id, row.user_id))
@@ -235,14 +268,11 @@ class Delivery:
         if verdict.outcome == "repair":
             return self._repair(store, row, verdict)
         assert verdict.state is not None
-        return self._finish(store, row, verdict.state, result, verdict.detail)
+        return self._finish(store, row, verdict.state, verdict.shown or result, verdict.detail)
 
     def _keep(self, store: Store, row: Row, verdict: Verdict, error: GateError | None) -> float:
-        jitter = random.random()
         attempts = row.attempts + 1
-        delay = self._backoff(attempts, jitter) if verdict.outcome == "retry" else slow_backoff(attempts, jitter)
-        if verdict.delay is not None:
-            delay = max(delay, min(verdict.delay, LONGEST_WAIT))
+        delay = pause(verdict, attempts, random.random(), self._backoff)
         due = time.time() + delay
         store.apply(
             row.operation_id,
@@ -319,6 +349,8 @@ def _cannot_work(error: GateError) -> bool:
 
 
 def _machine_step(state: OperationState, receipt: ReceiptState) -> OperationState:
+    if state.look_first and receipt == "booked":
+        return state.found_booked()
     if receipt == "booked":
         return state.booked()
     if receipt == "rebooked":

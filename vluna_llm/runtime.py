@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from .books import Books, read_books
 from .errors import GateUnavailable, OutboxUnavailable
 from .gate import answers
 from .gate.client import GateClient
@@ -54,6 +55,9 @@ class _Courier:
 
     def lease(self, row: Row) -> Lease:
         return self._client.authorize(**authorize_arguments(row), deadline=SETTLE_TIMEOUT)
+
+    def books(self, row: Row, commit_id: str | None) -> Books:
+        return read_books(self._client, row, commit_id)
 
 
 _PARSERS: Mapping[str, Callable[..., CommitResult | CancelResult]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal
@@ -31,7 +31,10 @@ FAST_ATTEMPTS = 8
 LONGEST_WAIT = 300.0
 """Seconds between two deliveries at most, whatever a hint or a stored time says: clocks jump, and early is harmless."""
 
-Outcome = Literal["done", "repair", "held", "retry", "retry_slowly"]
+PRICE_IS_MISSING = frozenset({"pricing_not_configured", "meter_not_allowed_for_feature", "policy_window_not_found"})
+"""Reason codes of a quarantined rating that an operator has to mend before its usage can be charged."""
+
+Outcome = Literal["done", "repair", "held", "retry", "retry_slowly", "look_up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +42,29 @@ class Verdict:
     """What to do after one delivery.
 
     ``done`` and ``held`` end it (``held`` waits for an operator), ``repair`` books the usage by ingest, ``retry`` sends
-    the same bytes again after ``delay`` seconds or the usual backoff, ``retry_slowly`` the same and tells loudly.
+    the same bytes again after ``delay`` seconds or the usual backoff, ``retry_slowly`` the same, tells loudly and marks
+    the row as one that needs an operator first. ``look_up`` asks the gate's own books (`vluna_llm.books`):
+    ``uncharged`` follows where they prove that nothing was charged, ``unproven`` where they do not show enough.
+
+    ``shown`` is the booking that was found there; it takes the place of the answer's.
     """
 
     outcome: Outcome
     state: ReceiptState | None = None
     detail: str | None = None
     delay: float | None = None
+    uncharged: Verdict | None = None
+    unproven: Verdict | None = None
+    shown: CommitResult | None = None
 
 
 def settle_key(row: Row) -> str:
-    """The idempotency key of the row's present settlement. An ingest that repairs a commit shares the commit's base."""
-    return f"{row.settle_key}:{row.state.route}"
+    """The idempotency key of the row's present settlement. An ingest that repairs a commit shares the commit's base.
+
+    An ingest that the gate booked as 0, for want of a price, has used up its key for ever: the next one is numbered.
+    """
+    key = f"{row.settle_key}:{row.state.route}"
+    return f"{key}:{row.state.used_up}" if row.state.route == "ingest" and row.state.used_up else key
 
 
 def authorize_arguments(row: Row) -> dict[str, Any]:
@@ -141,10 +155,10 @@ def compose(row: Row, *, mode: MetersMode, names: MeterNames, priced: Collection
     )
 
 
-def unpriced(row: Row, names: MeterNames, priced: Collection[str]) -> list[str]:
+def unpriced(row: Row, names: MeterNames, priced: Collection[str], mode: MetersMode = "auto") -> list[str]:
     """The meters to which this usage would go and which have no price."""
     assert row.state.usage is not None
-    mode: MetersMode = "never" if row.unsplit else "auto"
+    mode = "never" if row.unsplit else mode
     lines = compose_lines(row.state.usage, row.feature_code, mode=mode, names=names, priced=frozenset(priced))
     codes = [line.meter_code for line in lines] or [row.feature_code]
     return [code for code in codes if code not in priced]
@@ -163,37 +177,56 @@ def labels_of(row: Row) -> dict[str, str]:
 
 
 def judge_commit(result: CommitResult, row: Row) -> Verdict:
-    """Tell a charged commit from one that was answered 200 and not charged (rule 6, gate contract 9.2).
-
-    Under a derived key a closed lease means that another run of the same job was charged: already settled (rule 17).
-    """
+    """Tell a charged commit from one that was answered 200 and not charged (rule 6, gate contract 9.2)."""
     if not result.parsed:
-        return _unreadable(row, "booked")
+        return _unreadable(row)
     if not result.quarantined:
         return Verdict("done", "booked")
     kinds = {hint.type for hint in result.hints if hint.means_not_charged}
     closed = next((hint for hint in result.hints if hint.type == "lease.closed_at_commit"), None)
     why = ", ".join(result.not_charged_reasons)
     if closed is not None and closed.fields.get("state") != "canceled":
-        if row.derived:
-            return Verdict("done", "lapsed", "already settled by another run of this job")
-        return Verdict("held", "quarantined", f"{why}: an earlier commit of this lease may have been charged")
+        return _doubt_of_closed(row, why)
     if kinds & {"feature.meter_not_allowed", "pricing.not_configured", "policy.window_not_found"} or not kinds:
         return Verdict("held", "quarantined", f"{why}: add the missing price or meter at the gate, then repair")
     return Verdict("repair", detail=f"{why}: nothing was charged")
 
 
-def _unreadable(row: Row, state: ReceiptState) -> Verdict:
-    """A 2xx that cannot be read is an answer (rule 7); asking again under the same key may give it readably."""
-    detail = "the gate answered 2xx with a body that could not be read"
-    return Verdict("retry", detail=detail) if row.attempts < _READ_AGAIN else Verdict("done", state, detail)
+def _doubt_of_closed(row: Row, why: str) -> Verdict:
+    """The lease was committed before, and maybe charged. Under a derived key that was a run of the same job."""
+    detail = f"{why}: an earlier commit of this lease may have been charged"
+    return _look_up(
+        detail,
+        uncharged=Verdict("repair", detail=f"{why}: the gate's own books show that nothing was charged"),
+        unproven=_ANOTHER_RUN if row.derived else Verdict("held", "quarantined", detail),
+    )
+
+
+def _look_up(detail: str, *, uncharged: Verdict, unproven: Verdict) -> Verdict:
+    return Verdict("look_up", detail=detail, uncharged=uncharged, unproven=unproven)
+
+
+_ANOTHER_RUN = Verdict("done", "lapsed", "already settled by another run of this job")
+
+
+def _unreadable(row: Row) -> Verdict:
+    """A 2xx that cannot be read may be the gate's, or a page of something that stands before it.
+
+    Asking again under the same key is always safe (rule 7). Where that brings nothing readable, the gate's own books
+    tell whether it was charged; until they do it is never taken for booked.
+    """
+    detail = "it was answered 2xx with a body that is not the gate's"
+    if row.attempts < _READ_AGAIN:
+        return Verdict("retry", detail=detail)
+    kept = Verdict("retry_slowly", detail=f"{detail}: does VLUNA_SERVICE_BASE_URL point to the gate?")
+    return _look_up(detail, uncharged=kept, unproven=kept)
 
 
 def judge_ingest(result: CommitResult, row: Row, *, repaired: bool) -> Verdict:
     """An ingest is never quarantined, but a line without a price is booked as 0 without any hint (contract 7.8)."""
     booked: ReceiptState = "rebooked" if repaired else "booked"
     if not result.parsed:
-        return _unreadable(row, booked)
+        return _unreadable(row)
     if result.unpriced_lines:
         codes = ", ".join(sorted(line.meter_code or "?" for line in result.unpriced_lines))
         if len(result.unpriced_lines) == len(result.lines):
@@ -202,37 +235,95 @@ def judge_ingest(result: CommitResult, row: Row, *, repaired: bool) -> Verdict:
     return Verdict("done", booked)
 
 
+def before_repair(row: Row) -> Verdict:
+    """What an operator's repair of usage has to know first where a commit of it may have been charged.
+
+    To be judged by `vluna_llm.books.judge_books`: ``repair`` means that the ingest may go out.
+    """
+    last = f" ({row.last_error})" if row.last_error else ""
+    return _look_up(
+        f"before the repair{last}",
+        uncharged=Verdict("repair", detail="the gate's own books show that nothing was charged"),
+        unproven=Verdict("held", "refused", f"not repaired: a commit of it may have been charged{last}"),
+    )
+
+
 def judge_cancel(result: CancelResult) -> Verdict:
     """A cancel has no effect on money; whatever it answers, nothing is owed."""
     return Verdict("done", "cancelled" if result.cancelled else "lapsed")
 
 
 def judge_error(error: GateError, row: Row) -> Verdict:
-    """What to do when a delivery was refused or got no answer (design rules 7 and 8)."""
-    route = row.state.route
+    """What to do when a delivery was refused or got no answer (design rules 7 and 8; gate contract 2, 3.4 and 12).
+
+    ======================================  ==========================================================================
+    the gate said                           then
+    ======================================  ==========================================================================
+    nothing; 500, 502 to 504; 408, 425      again, same key and bytes
+    429                                     again at the hint's time
+    401, 403 key, 404 realm, 404 route,     again slowly, aloud: no verdict on this usage; an operator mends the
+    3xx, 400, 415, a page of something else setting, and then it goes out
+    409, 413, 422, entitlement, disabled    the gate's own books are looked at (it may have been charged before an
+    user, 500 ``SERVER.CONFIG``             answer was lost), then it is kept for the operator, with the reason
+    409 under a job's key                   another run of it was there first
+    422 ``lease not found``                 nothing was charged under it: booked by ingest
+    ======================================  ==========================================================================
+
+    A cancel moves no money (gate contract 7.6): a gate that refuses it ends it, and the lease lapses.
+    """
     if isinstance(error, GateRateLimited):
         return Verdict("retry", detail=str(error), delay=error.retry_after or 1.0)
-    if isinstance(error, GateAuthError):
+    if isinstance(error, GateUnavailable) and (error.retryable or error.status is None):
+        return Verdict("retry", detail=str(error))
+    if isinstance(error, GateAuthError) or (isinstance(error, GateUnavailable) and error.code != "SERVER.CONFIG"):
         return Verdict("retry_slowly", detail=str(error))
-    if isinstance(error, GateUnavailable):
-        if error.retryable or error.status is None:
-            return Verdict("retry", detail=str(error))
-        if error.code == "SERVER.CONFIG":
-            return Verdict("held", "refused", str(error))
-        return Verdict("retry_slowly", detail=str(error))
-    if route == "cancel":
+    if row.state.route == "cancel":
         return Verdict("done", "lapsed", str(error))
-    if isinstance(error, IdempotencyConflict) and row.derived:
-        return Verdict("done", "lapsed", "already settled by another run of this job")
-    if isinstance(error, InvalidGateRequest) and route == "commit" and error.message in _LEASE_UNKNOWN:
-        return Verdict("repair", detail=f"{error.message}: nothing was charged")
-    if isinstance(error, (InvalidGateRequest, IdempotencyConflict, GateDenied)):
-        return Verdict("held", "refused", str(error))
+    if isinstance(error, IdempotencyConflict):
+        return _conflict(error, row)
+    if isinstance(error, InvalidGateRequest):
+        if error.status in _MANGLED:
+            return Verdict("retry_slowly", detail=str(error))
+        if row.state.route == "commit" and error.message in _LEASE_UNKNOWN:
+            repair = Verdict("repair", detail=f"{error.message}: nothing was charged")
+            return _look_up(error.message, uncharged=repair, unproven=repair)
+    if isinstance(error, (InvalidGateRequest, GateDenied, GateUnavailable)):
+        kept = Verdict("held", "refused", str(error))
+        return _look_up(str(error), uncharged=kept, unproven=kept)
     return Verdict("retry_slowly", detail=str(error))
+
+
+def _conflict(error: IdempotencyConflict, row: Row) -> Verdict:
+    """The gate carried out another request under our key.
+
+    A commit may have been quarantined, which the books tell; an ingest never is. A job's key is also that of its other
+    runs.
+    """
+    kept = _ANOTHER_RUN if row.derived else Verdict("held", "refused", str(error))
+    if row.state.route == "ingest":
+        return kept if row.derived else _look_up(str(error), uncharged=kept, unproven=kept)
+    repair = Verdict("repair", detail="409, and the gate's own books show that nothing was charged")
+    return _look_up(str(error), uncharged=repair, unproven=kept)
 
 
 _READ_AGAIN = 2
 _LEASE_UNKNOWN = frozenset({"lease not found", "invalid lease token", "invalid lease token format"})
+_MANGLED = frozenset({400, 405, 411, 415, 431})
+"""What a gate says of a request that is not as we sent it (ours is always whole JSON with all its headers)."""
+
+
+def pause(verdict: Verdict, attempts: int, jitter: float, fast: Callable[[int, float], float] | None = None) -> float:
+    """Seconds until the ``attempts``-th failed delivery (from 1) is tried again; ``jitter`` is within 0 and 1.
+
+    A time that the gate gave is kept to, within `LONGEST_WAIT`; a little later, so that not all who were told the same
+    come at once. ``fast`` takes the place of `backoff`.
+    """
+    if verdict.outcome == "retry_slowly":
+        return slow_backoff(attempts, jitter)
+    wait = fast or backoff
+    if verdict.delay is None:
+        return wait(attempts, jitter)
+    return max(min(verdict.delay * (1.0 + 0.1 * jitter), LONGEST_WAIT), wait(min(attempts, 3), jitter))
 
 
 def backoff(attempt: int, jitter: float) -> float:

@@ -22,6 +22,13 @@ NAMES: Mapping[str, str] = {
     "delivery.kept": "the row holds the time of its next attempt",
     "delivery.repaired": "the row says that an ingest follows; it is not composed",
     "delivery.finished": "the row holds the receipt; nobody was told",
+    "adoption.announced": "a dead process's journal says where its rows are moving to; none has moved",
+    "adoption.copied": "rows are in both journals; the copies are nobody's yet",
+    "adoption.deleted": "rows are only where they moved to, where they still count as copies",
+    "adoption.cleared": "rows are only where they moved to, and may be delivered from there",
+    "adoption.resolved": "what an adopter that died in the middle left behind is settled; nothing else has moved",
+    "adoption.emptied": "a dead process's journal has no row left, and is still there",
+    "adoption.removed": "a dead process's journal is gone; its lock's file is still there",
 }
 """Each moment, and what is on disk then."""
 

@@ -17,7 +17,7 @@ from .backlog import Backlog, Lane
 from .delivery import Courier, Delivery, Store
 from .keeper import Keeper, started
 from .ledger import Ledger, LedgerClosed
-from .outbox import Row
+from .outbox import DueRows, Row
 from .policy import Breaker
 from .pricing import PriceBook
 from .settlement import LONGEST_WAIT, backoff
@@ -211,15 +211,15 @@ class Settler:
         self._backlog.looking(time.monotonic())
         self._guard.release()
         try:
-            wanted = 2 * self._backlog.window
-            rows = self._ledger.journal.due(wanted, self._backlog.room_of_a_lane(), time.time())
+            room = self._backlog.room_of_a_lane()
+            rows = self._ledger.journal.due(2 * self._backlog.window, room, time.time())
         except Exception:
             self._telemetry.internal_error("settler.refill")
-            rows, wanted = [], 0
+            rows = DueRows((), complete=False)
         finally:
             self._guard.acquire()
             self._refilling = False
-        now, wall, taken, all_here = time.monotonic(), time.time(), 0, len(rows) < wanted
+        now, wall, taken, all_here = time.monotonic(), time.time(), 0, rows.complete
         self._backlog.refilled(now, 0, True)
         for operation_id, lane, due in rows:
             if not self._backlog.holds(operation_id):

@@ -1,6 +1,6 @@
 """Where operations and settlements wait, durably."""
 
-from .journal import Journal
+from .journal import DueRows, Journal
 from .row import Row
 
-__all__ = ["Journal", "Row"]
+__all__ = ["DueRows", "Journal", "Row"]

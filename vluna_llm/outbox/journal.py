@@ -2,14 +2,13 @@
 
 Because files are not shared, a write never queues behind another process. The lock goes when its process goes; whoever
 then gets it may take the rows over. A write-ahead log with ``synchronous=NORMAL`` keeps what was written through a
-``kill -9``; a loss of power may take the last moments with it.
+``kill -9``; a loss of power may take the last moments with it, up to the last `Journal.sync`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import sqlite3
 import threading
@@ -20,24 +19,43 @@ from typing import Any, Literal
 
 from ..errors import OutboxUnavailable
 from ..operation import Settlement
+from . import forks, schema
+from .adoption import Adopter
 from .lock import FileLock
-from .row import COLUMNS, Row, changed_values, from_values, insert_values
+from .row import Row, Stage, changed_values, from_values, insert_values
+from .schema import Order, Total
 
-SCHEMA_VERSION = 2
-
-log = logging.getLogger("vluna_llm")
+Lane = tuple[str, str]
 
 _SELECT = "SELECT * FROM operations"
+_HERE = "arrived_from IS NULL"
+"""Not a copy whose original may still be in another journal: such a row is nobody's yet."""
 _CHECKPOINT_EVERY = 500
 """Writes between checkpoints, which wait for the disk and are therefore not for the caller's thread."""
-_CHECKPOINT_AT_LAST = 20_000
-"""Pages of write-ahead log after which the caller's thread does it all the same: nobody else did."""
 
 _AT_ONCE = 500
-"""Rows that are moved or dropped while callers wait for the journal."""
+"""Rows that are dropped while callers wait for the journal."""
 _PATIENCE = 0.25
 """Seconds that a caller, maybe an event loop, waits for somebody who opened this process's own file by hand."""
-_PATIENCE_WITH_OTHERS = 5.0
+_PATIENCE_OF_A_READER = 5.0
+
+PARKED_FOR = 30 * 86_400.0
+"""Seconds for which a background response can be retrieved, and is waited for."""
+
+# Those that are due come first, in every lane, so that what waits for a later attempt hides nothing behind it.
+_DUE = """
+SELECT operation_id, principal_id, user_id, next_attempt_at, place FROM (
+    SELECT operation_id, principal_id, user_id, next_attempt_at, created_at, rowid AS number,
+           next_attempt_at > :now AS later,
+           row_number() OVER (
+               PARTITION BY principal_id, user_id
+               ORDER BY next_attempt_at > :now, max(next_attempt_at, :now), created_at, rowid
+           ) AS place
+    FROM operations
+    WHERE settlement IN ('pending', 'sent') AND arrived_from IS NULL AND stage IS NULL
+)
+WHERE place <= :per_lane + 1 ORDER BY later, created_at, number LIMIT :limit + 1
+"""
 
 Verb = Literal["INSERT", "INSERT OR IGNORE", "INSERT OR REPLACE"]
 
@@ -52,6 +70,15 @@ def _insert_sql(verb: Verb, columns: tuple[str, ...]) -> str:
 def _update_sql(columns: tuple[str, ...]) -> str:
     assignments = ", ".join(f"{name} = ?" for name in columns)
     return f"UPDATE operations SET {assignments} WHERE operation_id = ?"  # noqa: S608 - names come from COLUMNS
+
+
+class DueRows(list[tuple[str, Lane, float]]):
+    """Id, lane and time of the next attempt (seconds since the epoch) of settlements that have to be delivered."""
+
+    def __init__(self, found: Sequence[tuple[str, Lane, float]], *, complete: bool) -> None:
+        super().__init__(found)
+        self.complete = complete
+        """Whether there are no others."""
 
 
 class Journal:
@@ -69,10 +96,15 @@ class Journal:
         self.path: Path | None = None
         self._guard = threading.RLock()
         self._lock: FileLock | None = None
+        self._adopter: Adopter | None = None
+        self._closed = False
         self._writes = 0
+        self._syncing = threading.Lock()
+        self._written = self._synced = 0
+        self._directory_synced = self._sync_failed = False
         try:
             if directory is None:
-                self._db = _connect(":memory:")
+                self._db = schema.connect(":memory:", _PATIENCE)
             else:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self.path = directory / f"journal-{os.getpid()}-{uuid.uuid4().hex[:12]}.sqlite3"
@@ -80,8 +112,10 @@ class Journal:
                 if not self._lock.acquire():  # pragma: no cover - the name is new
                     raise OutboxUnavailable(f"{self.path} is locked")
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-                self._db = _connect(str(self.path))
-            _migrate(self._db)
+                self._db = schema.connect(str(self.path), _PATIENCE)
+                self._adopter = Adopter(self, self.path)
+            schema.migrate(self._db)
+            forks.watch(self)
         except (OSError, sqlite3.Error) as error:
             self._release()
             raise OutboxUnavailable(f"cannot open the outbox in {directory}: {error}") from error
@@ -110,19 +144,68 @@ class Journal:
         values = insert_values(row)
         return self._execute(_insert_sql(verb, tuple(values)), tuple(values.values()))
 
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Several writes at once or not at all. Callers wait meanwhile: a few hundred rows at most."""
+        with self._writing():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                schema.roll_back(self._db)
+                raise
+            self._writes += _AT_ONCE
+            self._written += 1
+
+    def sync(self) -> None:
+        """Make everything written so far survive a loss of power, too; in memory there is nothing to do.
+
+        A caller whose writes another one's sync has covered returns at once. Nobody who writes waits for it.
+        """
+        path, wanted = self.path, self._written
+        if path is None:
+            return
+        with self._syncing:
+            if wanted <= self._synced or self._closed:  # closing has moved everything into the file
+                return
+            covered = self._written
+            try:
+                self._flush(path)
+            except (OSError, sqlite3.Error) as error:
+                self._sync_failed = True
+                raise OutboxUnavailable(f"cannot make the outbox {path} survive a loss of power: {error}") from error
+            self._synced = covered
+
+    def _flush(self, path: Path) -> None:
+        if not self._directory_synced:
+            schema.flush(path.parent)
+            schema.flush(path.parent.parent)
+            self._directory_synced = True
+        if self._sync_failed:
+            # The system may have dropped what it could not write, and will not say so twice: it is written anew.
+            with self._connected("rw", _PATIENCE_OF_A_READER) as db:
+                (busy, *_) = db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+            if busy:
+                raise OSError("the log is in use, and what could not be written before is still in it alone")
+            self._sync_failed = False
+        schema.flush_log(path)
+
     def checkpoint(self) -> None:
         """Move what was logged into the file, where enough of it waits: for the settler, off the caller's path."""
         if self.path is None or self._writes < _CHECKPOINT_EVERY:
             return
         self._writes = 0
         # A connection of its own: writers go on meanwhile.
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(self.path, timeout=0.1)) as db:
+        with contextlib.suppress(sqlite3.Error), self._connected("rw", 0.1) as db:
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def prune(self, older_than: float) -> int:
         """Drop rows that are done and ended before ``older_than`` (seconds since the epoch); the refused calls too.
 
-        A few hundred at a time, oldest first, so that no caller waits long for the journal.
+        Work in the background stays until its response cannot be retrieved any more; what was lost, refused or
+        quarantined stays until an operator deals with it. A few hundred at a time, oldest first, so that no caller
+        waits long for the journal.
         """
         dropped, after = 0, 0
         while True:
@@ -134,11 +217,12 @@ class Journal:
                     return dropped
                 first, after = after, found[-1]["rowid"]
                 dropped += self._db.execute(
-                    "DELETE FROM operations WHERE rowid > ? AND rowid <= ? AND work != 'parked' AND "
-                    "(settlement IN ('booked', 'rebooked', 'lapsed') OR admission = 'denied') "
-                    "AND coalesce(ended_at, created_at) < ?",
-                    (first, after, older_than),
+                    "DELETE FROM operations WHERE rowid > :first AND rowid <= :last AND arrived_from IS NULL AND ("  # noqa: S608
+                    f"({schema.DONE} AND coalesce(ended_at, created_at) < :older_than) OR (work = 'parked' AND "
+                    "settlement = 'lapsed' AND coalesce(ended_at, created_at) < :parked))",
+                    {"first": first, "last": after, "older_than": older_than, "parked": older_than - PARKED_FOR},
                 ).rowcount
+                self._written += 1
             if found[-1]["created_at"] >= older_than:
                 return dropped
 
@@ -146,36 +230,61 @@ class Journal:
 
     def get(self, operation_id: str) -> Row | None:
         """One operation."""
-        rows = self._query(f"{_SELECT} WHERE operation_id = ?", (operation_id,))
+        rows = self._query(f"{_SELECT} WHERE operation_id = ? AND {_HERE}", (operation_id,))
         return rows[0] if rows else None
 
     def rows(self, *settlements: Settlement, limit: int = -1) -> list[Row]:
         """The operations in these settlement states (all where none is named), oldest first."""
         if not settlements:
-            return self._query(f"{_SELECT} ORDER BY created_at, rowid LIMIT ?", (limit,))
-        marks = ", ".join("?" * len(settlements))
+            return self._query(f"{_SELECT} WHERE {_HERE} ORDER BY created_at, rowid LIMIT ?", (limit,))
         return self._query(
-            f"{_SELECT} WHERE settlement IN ({marks}) ORDER BY created_at, rowid LIMIT ?", (*settlements, limit)
+            f"{_SELECT} WHERE settlement IN ({schema.marks(settlements)}) AND {_HERE} "
+            "ORDER BY created_at, rowid LIMIT ?",
+            (*settlements, limit),
         )
-
-    def undelivered(self) -> list[tuple[str, tuple[str, str], float]]:
-        """Id, lane and due time of every settlement that still has to be delivered, oldest first."""
-        with self._reading():
-            cursor = self._db.execute(
-                "SELECT operation_id, principal_id, user_id, next_attempt_at FROM operations "
-                "WHERE settlement IN ('pending', 'sent') ORDER BY created_at, rowid"
-            )
-            return [(op, (principal, user), due) for op, principal, user, due in cursor.fetchall()]
 
     def parked(self, response_id: str) -> Row | None:
         """The operation that was parked under this response id, where this journal has it."""
-        rows = self._query(f"{_SELECT} WHERE work = 'parked' AND response_id = ? LIMIT 1", (response_id,))
+        rows = self._query(f"{_SELECT} WHERE work = 'parked' AND response_id = ? AND {_HERE} LIMIT 1", (response_id,))
         return rows[0] if rows else None
 
     def counts(self) -> dict[str, int]:
         """How many operations are in each settlement state."""
-        with self._reading():
-            return dict(self._db.execute("SELECT settlement, count(*) FROM operations GROUP BY settlement").fetchall())
+        with self._reading() as db:
+            found = db.execute(f"SELECT settlement, count(*) FROM operations WHERE {_HERE} GROUP BY 1").fetchall()  # noqa: S608
+            return dict(map(tuple, found))
+
+    def due(self, limit: int, per_lane: int, now: float) -> DueRows:
+        """What has to be delivered from here: due at ``now`` first, then oldest first, at most ``per_lane`` of a lane.
+
+        It looks through the whole file (100,000 rows: about 0.2 s), on another thread's time: callers do not wait.
+        Rows that are delivered from the shared outbox are left out, and so are copies that are still being taken over.
+        """
+        with self._reading() as db:
+            found = db.execute(_DUE, {"now": now, "per_lane": per_lane, "limit": limit}).fetchall()
+        chosen = [(op, (principal, user), at) for op, principal, user, at, place in found[:limit] if place <= per_lane]
+        return DueRows(chosen, complete=len(chosen) == len(found))
+
+    def staged(self, *stages: Stage, limit: int = -1) -> list[Row]:
+        """The rows in these stages of the way to the shared outbox, oldest first."""
+        return self._read(
+            f"{_SELECT} WHERE stage IN ({schema.marks(stages)}) AND {_HERE} ORDER BY created_at, rowid LIMIT ?",
+            (*stages, limit),
+        )
+
+    def totals(self) -> list[Total]:
+        """How many operations stand alike and since when; calls that the gate refused are not counted."""
+        with self._reading() as db:
+            return schema.totals_of(db)
+
+    def orders(self) -> list[Order]:
+        """What operators want done with operations of this journal, in the order in which they said so."""
+        with self._reading() as db:
+            return schema.orders_of(db)
+
+    def forget_orders(self, *ids: int) -> None:
+        """Drop orders that were carried out."""
+        self._execute(f"DELETE FROM orders WHERE id IN ({schema.marks(ids)})", ids)  # noqa: S608
 
     # -- adoption --------------------------------------------------------------------------------------------------
 
@@ -184,68 +293,8 @@ class Journal:
         return list(self.adopting(base_url, realm_id, paths))
 
     def adopting(self, base_url: str, realm_id: str, paths: Sequence[Path] | None = None) -> Iterator[Row]:
-        """Take over the journals of dead processes in this directory; gives the rows that need care, one by one.
-
-        Settlements on their way keep their keys and bytes. Operations that were in flight become ``lost``: nobody
-        will ever know their usage, nothing is cancelled and nothing is charged. Files that hold rows of another gate
-        or realm are left alone, and so is one that cannot be read: it is told, and never keeps the others waiting.
-
-        Args:
-            base_url: the gate to which rows may be delivered.
-            realm_id: the realm.
-            paths: only these files, instead of all in the directory.
-        """
-        if self.directory is None or self.path is None:
-            return
-        for path in sorted(self.directory.glob("journal-*.sqlite3")) if paths is None else paths:
-            if path == self.path:
-                continue
-            try:
-                yield from self._adopt_file(path, base_url, realm_id)
-            except Exception as error:  # a damaged file, a full disk, a row of another version
-                log.error("The journal %s of a process that ended cannot be taken over: %s", path, error)
-
-    def _adopt_file(self, path: Path, base_url: str, realm_id: str) -> Iterator[Row]:
-        lock = FileLock(path.with_suffix(".lock"))
-        if not path.exists() or not lock.acquire():
-            return
-        try:
-            if not path.exists():
-                return
-            with contextlib.closing(_connect(str(path), _PATIENCE_WITH_OTHERS)) as db:
-                _migrate(db)
-                (foreign,) = db.execute(
-                    "SELECT count(*) FROM operations WHERE base_url != ? OR realm_id != ?", (base_url, realm_id)
-                ).fetchone()
-                if foreign:
-                    return
-                rows = db.execute(_SELECT + " ORDER BY rowid")
-                while found := rows.fetchmany(_AT_ONCE):
-                    read = [from_values(values) for values in found]
-                    kept = [row.with_state(row.state.owner_died()) for row in read if not row.state.is_settled]
-                    yield from self._take_over(kept)
-            _remove(path)
-        finally:
-            lock.release(remove=not path.exists())
-
-    def _take_over(self, rows: Sequence[Row]) -> list[Row]:
-        """Store the rows of another journal that are not here already; gives those that were new.
-
-        A file is removed only when all of it is stored. What a crash in between leaves in two places carries the same
-        keys in both, so that it is booked once.
-        """
-        new: list[Row] = []
-        with self._writing():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                for row in rows:
-                    if self._insert("INSERT OR IGNORE", row).rowcount == 1:
-                        new.append(row)
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-        return new
+        """Take over the journals of dead processes in this directory (`vluna_llm.outbox.adoption.Adopter`)."""
+        return self._adopter.adopting(base_url, realm_id, paths) if self._adopter is not None else iter(())
 
     # -- end -------------------------------------------------------------------------------------------------------
 
@@ -266,17 +315,16 @@ class Journal:
         """
         with self._guard:
             keep = True
-            try:
-                (left,) = self._db.execute(
-                    "SELECT count(*) FROM operations WHERE settlement NOT IN ('booked', 'rebooked', 'lapsed') "
-                    "AND NOT (admission = 'denied')"
+            self._closed = True
+            with contextlib.suppress(sqlite3.Error):
+                left = self._db.execute(
+                    f"SELECT 1 FROM operations WHERE NOT {schema.DONE} OR arrived_from IS NOT NULL LIMIT 1"  # noqa: S608
                 ).fetchone()
-                keep = left > 0
+                keep = left is not None
+            with contextlib.suppress(sqlite3.Error):
                 self._db.close()
-            except sqlite3.Error:
-                pass
             if self.path is not None and not keep:
-                _remove(self.path)
+                schema.remove(self.path)
             self._release(remove=not keep)
         return keep and self.path is not None
 
@@ -290,16 +338,30 @@ class Journal:
         with self._guard:
             try:
                 self._writes += 1
-                return self._db.execute(sql, values)
+                cursor = self._db.execute(sql, values)
             except sqlite3.Error as error:
                 raise self._unavailable(error) from error
+            self._written += 1
+            return cursor
 
-    def _unavailable(self, error: sqlite3.Error) -> OutboxUnavailable:
+    def _unavailable(self, error: Exception) -> OutboxUnavailable:
         return OutboxUnavailable(f"cannot use the outbox {self.path or 'in memory'}: {error}")
 
     def _query(self, sql: str, values: tuple[Any, ...]) -> list[Row]:
-        with self._reading():
-            return [from_values(found) for found in self._db.execute(sql, values).fetchall()]
+        """Rows by the journal's own connection: for what is looked up by its key, or for tests and small files."""
+        with self._writing():
+            return self._rows_of(self._db, sql, values)
+
+    def _read(self, sql: str, values: tuple[Any, ...]) -> list[Row]:
+        with self._reading() as db:
+            return self._rows_of(db, sql, values)
+
+    def _rows_of(self, db: sqlite3.Connection, sql: str, values: tuple[Any, ...]) -> list[Row]:
+        found = db.execute(sql, values).fetchall()
+        try:
+            return [from_values(row) for row in found]
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise self._unavailable(error) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -309,34 +371,24 @@ class Journal:
             except sqlite3.Error as error:
                 raise self._unavailable(error) from error
 
-    _reading = _writing
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection of the reader's own: callers write on meanwhile. What is in memory has one connection only."""
+        if self.path is None:
+            with self._writing():
+                yield self._db
+            return
+        try:
+            if self._closed:
+                raise sqlite3.ProgrammingError("it is closed")
+            with self._connected("ro", _PATIENCE_OF_A_READER) as db:
+                yield db
+        except sqlite3.Error as error:
+            raise self._unavailable(error) from error
 
-
-def _connect(target: str, patience: float = _PATIENCE) -> sqlite3.Connection:
-    db = sqlite3.connect(target, check_same_thread=False, isolation_level=None, timeout=patience, cached_statements=64)
-    db.row_factory = sqlite3.Row
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = NORMAL")
-    db.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_AT_LAST}")
-    return db
-
-
-def _migrate(db: sqlite3.Connection) -> None:
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if version > SCHEMA_VERSION:
-        raise sqlite3.DatabaseError(f"written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})")
-    if version == SCHEMA_VERSION:
-        return
-    columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-    db.execute(f"CREATE TABLE IF NOT EXISTS operations ({columns})")
-    there = {column["name"] for column in db.execute("PRAGMA table_info(operations)")}
-    for name, kind in COLUMNS.items():
-        if name not in there:
-            db.execute(f"ALTER TABLE operations ADD COLUMN {name} {kind}")
-    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-
-def _remove(path: Path) -> None:
-    for suffix in ("-wal", "-shm", ""):
-        with contextlib.suppress(OSError):
-            os.unlink(f"{path}{suffix}")
+    @contextlib.contextmanager
+    def _connected(self, mode: str, patience: float) -> Iterator[sqlite3.Connection]:
+        """Another connection to this file, used where no lock of ours is held."""
+        assert self.path is not None
+        with forks.inside(), contextlib.closing(schema.connect_existing(self.path, patience, mode=mode)) as db:
+            yield db

@@ -6,7 +6,7 @@ import json
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..operation import Admission, OperationState, Route, Settlement, Work
 from ..types import Dialect, UsageSource
@@ -23,7 +23,10 @@ NEXT_STEP: Mapping[str, str] = {
     "lapsed": "done: nothing owed",
     "lost": "owner died in flight: usage unknown, charged nothing",
 }
-"""What happens next with a row, for a person who opens the file with ``sqlite3``."""
+"""What happens next with a row in this settlement state, where nothing else about it says more (`next_step`)."""
+
+Stage = Literal["sharing", "shared"]
+"""Where a row is delivered from: ``sharing`` on its way to the shared outbox, ``shared`` there; None from here."""
 
 
 _NEW = OperationState()
@@ -38,6 +41,9 @@ class Row:
     another run of the same job arrives at too (design rule 17). ``unsplit`` marks a plain quantity, priced as a whole
     and never split into token meters. ``base_url`` and ``realm_id`` say where the row may be delivered, and nowhere
     else.
+
+    ``held`` says that the last delivery needs an operator's hand first and is tried slowly. ``arrived_from`` names the
+    journal of which this is a copy that nobody may deliver yet (`vluna_llm.outbox.adoption`).
     """
 
     operation_id: str
@@ -73,6 +79,9 @@ class Row:
     receipt: str | None = None
     derived: bool = False
     unsplit: bool = False
+    held: bool = False
+    arrived_from: str | None = None
+    stage: Stage | None = None
 
     @property
     def lane(self) -> tuple[str, str]:
@@ -113,6 +122,8 @@ COLUMNS: Mapping[str, str] = {
     "route": "TEXT",
     "dialect": "TEXT NOT NULL",
     "cancel_sent": "INTEGER NOT NULL DEFAULT 0",
+    "look_first": "INTEGER NOT NULL DEFAULT 0",
+    "used_up": "INTEGER NOT NULL DEFAULT 0",
     "usage": "TEXT",
     "usage_source": "TEXT",
     "next_step": "TEXT NOT NULL",
@@ -138,8 +149,37 @@ COLUMNS: Mapping[str, str] = {
     "receipt": "TEXT",
     "derived": "INTEGER NOT NULL DEFAULT 0",
     "unsplit": "INTEGER NOT NULL DEFAULT 0",
+    "held": "INTEGER NOT NULL DEFAULT 0",
+    "arrived_from": "TEXT",
+    "stage": "TEXT",
 }
-"""The columns of the table ``operations``."""
+"""The columns of the table ``operations``. New ones are added at the end, each with what older rows have in it."""
+
+
+def is_done(row: Row) -> bool:
+    """Whether nobody has to look at the row any more (`vluna_llm.outbox.schema.DONE`)."""
+    state = row.state
+    done = state.settlement in ("booked", "rebooked", "lapsed") and state.work != "parked"
+    return done or state.admission == "denied"
+
+
+def next_step(row: Row) -> str:
+    """What happens next with this row, for a person who opens the file with ``sqlite3``."""
+    state = row.state
+    if row.arrived_from is not None:
+        return f"being taken over from {row.arrived_from}"
+    if state.admission == "denied":
+        return "done: the gate refused the call"
+    if state.work == "parked" and state.settlement == "lapsed":
+        return "works in the background: booked when its response is retrieved"
+    if state.settlement in ("pending", "sent"):
+        if row.stage == "shared":
+            return "in the shared outbox, and delivered from there"
+        if row.stage == "sharing":
+            return "on its way to the shared outbox; whether it is there is not known yet"
+        if row.held:
+            return "kept and tried slowly: look at last_error"
+    return NEXT_STEP[state.settlement]
 
 
 def insert_values(row: Row) -> dict[str, Any]:
@@ -148,6 +188,7 @@ def insert_values(row: Row) -> dict[str, Any]:
     if row.labels:
         found["labels"] = json.dumps(dict(row.labels))
     found.update(_state_values(row.state))
+    found["next_step"] = next_step(row)
     found.update((name, 1) for name in _FLAGS if getattr(row, name))
     return found
 
@@ -156,9 +197,13 @@ def changed_values(old: Row, new: Row) -> dict[str, Any]:
     """The columns in which two states of one row differ; what identifies it and what it was made with never change."""
     pairs = zip(_CHANGING, _CHANGING_VALUES(old), _CHANGING_VALUES(new), strict=True)
     found = {name: value for name, before, value in pairs if value is not before}
+    told = not _TELLING.isdisjoint(found)
     if new.state is not old.state:
         before = _state_values(old.state)
         found.update((name, value) for name, value in _state_values(new.state).items() if value != before.get(name))
+        told = True
+    if told and (step := next_step(new)) != next_step(old):
+        found["next_step"] = step
     return found
 
 
@@ -170,7 +215,8 @@ def _state_values(state: OperationState) -> dict[str, Any]:
         "route": state.route,
         "dialect": state.dialect,
         "cancel_sent": int(state.cancel_sent),
-        "next_step": "done: the gate refused the call" if state.admission == "denied" else NEXT_STEP[state.settlement],
+        "look_first": int(state.look_first),
+        "used_up": state.used_up,
     }
     usage = state.usage
     if usage is not None:
@@ -182,7 +228,7 @@ def _state_values(state: OperationState) -> dict[str, Any]:
     return found
 
 
-_FLAGS = ("derived", "unsplit")
+_FLAGS = ("derived", "unsplit", "held")
 _PLAIN = tuple(name for name in Row.__dataclass_fields__ if name in COLUMNS and name not in ("labels", *_FLAGS))
 _CHANGING = (
     "feature_code",
@@ -197,12 +243,18 @@ _CHANGING = (
     "next_attempt_at",
     "last_error",
     "receipt",
+    "held",
+    "arrived_from",
+    "stage",
 )
+_TELLING = frozenset(("held", "arrived_from", "stage"))
+"""Beside the state, what `next_step` looks at."""
 _CHANGING_VALUES = operator.attrgetter(*_CHANGING)
 
 
 def from_values(values: Mapping[str, Any]) -> Row:
     """A row from what the database holds; columns that this version does not know are left alone."""
+    there = set(values.keys())  # a file of an older version lacks the columns that were added since
     admission: Admission = values["admission"]
     work: Work = values["work"]
     settlement: Settlement = values["settlement"]
@@ -219,9 +271,10 @@ def from_values(values: Mapping[str, Any]) -> Row:
         usage=usage,
         usage_source=source,
         cancel_sent=bool(values["cancel_sent"]),
+        look_first=bool(values["look_first"]) if "look_first" in there else False,
+        used_up=values["used_up"] if "used_up" in there else 0,
     )
-    there = set(values.keys())  # a file of an older version lacks the columns that were added since
     plain = {name: values[name] for name in _PLAIN if name in there}
     labels = json.loads(values["labels"]) if values["labels"] else None
-    derived, unsplit = (bool(values[name]) for name in _FLAGS)
-    return Row(**plain, state=state, labels=labels, derived=derived, unsplit=unsplit)
+    derived, unsplit, held = (name in there and bool(values[name]) for name in _FLAGS)
+    return Row(**plain, state=state, labels=labels, derived=derived, unsplit=unsplit, held=held)

@@ -312,11 +312,12 @@ def _note_open(stream: _Tap) -> None:
     global _at_exit
     if not _at_exit:
         _at_exit = True
-        atexit.register(_forget_open)
+        atexit.register(forget_open)
     _open_streams.add(stream)
 
 
-def _forget_open() -> None:
+def forget_open() -> None:
+    """The process ends: what is read no further is told as abandoned, while there is somebody to deliver it."""
     for stream in list(_open_streams):
         stream._watch.forgotten()
 

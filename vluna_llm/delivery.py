@@ -53,6 +53,10 @@ from .usage.meters import MetersMode
 _LOUD_AFTER = 3
 
 
+class Elsewhere(Exception):
+    """The row is not delivered from here any more: another host has it, or who has it is not known now."""
+
+
 class Courier(Protocol):
     """What a delivery needs of a gate client: send stored bytes, once, and read the answer."""
 
@@ -72,7 +76,10 @@ class Courier(Protocol):
 
 
 class Store(Protocol):
-    """Where a row is kept while it is delivered. Every change is durable, against a crash, when ``apply`` returns."""
+    """Where a row is kept while it is delivered. Every change is durable, against a crash, when ``apply`` returns.
+
+    Every method may raise `Elsewhere`: nothing more is done about the row, and what the gate said meanwhile is forgotten.
+    """
 
     def get(self, operation_id: str) -> Row | None:
         """The row as it stands; None where it is not delivered from here."""
@@ -126,7 +133,7 @@ class Delivery:
     def deliver(self, operation_id: str, store: Store) -> float | None:
         """Try one settlement once; the seconds until the next attempt, None where there is none."""
         row = store.get(operation_id)
-        if row is None or row.state.settlement not in ("pending", "sent"):
+        if row is None or row.stage is not None or row.state.settlement not in ("pending", "sent"):
             return None
         looked = row.state.look_first
         if looked and (verdict := self._look_up(row, before_repair(row), None)).outcome != "repair":
@@ -181,6 +188,8 @@ class Delivery:
         The prices are asked for before the state is taken, so that usage which turns up meanwhile is not missed.
         """
         composed: GateRequest | None = None
+        if looked:
+            row = row.with_state(row.state.found_unbooked())
         if wants_lease(row):
             row = self._late_lease(row, store)
         if row.body is None:
@@ -197,17 +206,21 @@ class Delivery:
         route = row.state.route
 
         def send(current: Row) -> Row:
-            if current.state.route != route or current.state.settlement not in ("pending", "sent"):
-                return current
             state = current.state.found_unbooked() if looked else current.state
+            if state.route != route or state.settlement not in ("pending", "sent"):
+                return current
+            if current.stage is not None:
+                return current  # on its way to the shared outbox since it was read: delivered from there
             changed = current.evolve(state=state.sent())
             if composed is not None and current.body is None:
                 changed = changed.evolve(path=composed.path, body=composed.body)
             return changed
 
         sent = store.apply(row.operation_id, send)
-        if sent is None or sent.state.settlement != "sent" or sent.body is None:
-            if sent is None or sent.state.settlement != "pending":
+        if sent is None or sent.stage is not None:
+            return None
+        if sent.state.settlement != "sent" or sent.body is None:
+            if sent.state.settlement != "pending":
                 return None
             return self._ready_to_send(sent, store, looked=looked)
         store.sync()

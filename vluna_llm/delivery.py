@@ -78,7 +78,7 @@ class Courier(Protocol):
 class Store(Protocol):
     """Where a row is kept while it is delivered. Every change is durable, against a crash, when ``apply`` returns.
 
-    Every method may raise `Elsewhere`: nothing more is done about the row, and what the gate said meanwhile is forgotten.
+    Every method may raise `Elsewhere`: nothing more is done about the row, and what the gate said is forgotten.
     """
 
     def get(self, operation_id: str) -> Row | None:

@@ -5,7 +5,7 @@ answer was lost, another run of the same job was there first, somebody else used
 are read back, and `judge_books` decides from what was read: never to book by ingest what may have been charged.
 
 A gate shows its books to a service key that sends ``X-Realm-Admin``, and an empty list to everybody else. So an empty
-list proves nothing: our own rating has to be in it.
+list proves nothing: our own rating has to be in it, or, where the gate recorded none, anything else of the realm.
 """
 
 from __future__ import annotations
@@ -103,11 +103,13 @@ class Booking:
 class Books:
     """Everything that the gate shows of an operation's lease and of its ingest.
 
-    ``gap`` says why this may not be everything; None where it is.
+    ``gap`` says why this may not be everything; None where it is. ``may_read``: something was shown to us, be it of
+    another operation, so that what is not shown is not there.
     """
 
     bookings: tuple[Booking, ...] = ()
     gap: str | None = None
+    may_read: bool = False
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -127,21 +129,29 @@ def read_books(gate: Reader, row: Row, commit_id: str | None = None) -> Books:
     """
     try:
         ratings: dict[str, Rating] = {}
+        may_read = False
         for page in _pages(gate, row, commit_id):
-            if not page.parsed:
-                raise GateUnavailable(
-                    "the answer to ops/ratings is no list of ratings", status=page.status, retryable=True
-                )
+            may_read = may_read or len(_read(page)) > 0
             if page.has_more or len(page) >= _PAGE:
                 return Books(gap="there are more ratings than the gate shows at once")
             ratings.update((rating.rating_id, rating) for rating in page if rating.rating_id and _concerns(rating, row))
         if len(ratings) > MOST_RATINGS:
             return Books(gap=f"there are {len(ratings)} ratings")
-        return Books(tuple(_booking(rating, _allocated(gate, row, rating)) for rating in ratings.values()))
+        if not may_read:
+            asked = {"principal_id": row.principal_id, "user_id": row.user_id}
+            may_read = len(_read(gate.ratings(**asked, limit=1, timeout=LOOK_TIMEOUT))) > 0
+        found = tuple(_booking(rating, _allocated(gate, row, rating)) for rating in ratings.values())
+        return Books(found, may_read=may_read)
     except (GateAuthError, GateDenied, InvalidGateRequest) as error:
         if error.status == 401:
             raise  # our key as a whole, not what it may read
         return Books(gap=f"the gate does not show them ({error.status}: {error.message})")
+
+
+def _read(page: Listing[Rating]) -> Listing[Rating]:
+    if not page.parsed:
+        raise GateUnavailable("the answer to ops/ratings is no list of ratings", status=page.status, retryable=True)
+    return page
 
 
 def _pages(gate: Reader, row: Row, commit_id: str | None) -> Iterator[Listing[Rating]]:
@@ -230,7 +240,7 @@ def judge_books(row: Row, books: Books, doubt: Verdict) -> Verdict:
     a charge for this very operation                       booked, with that amount
     a charge for another run of the same job               already settled: nothing more is sent (design rule 17)
     a charge for anything else, or a contradiction         held for an operator
-    our own rating, and no charge                          ``doubt.uncharged``
+    our own rating (where there must be one), no charge    ``doubt.uncharged``
     nothing of ours (nothing at all, or not everything)    ``doubt.unproven``
     =====================================================  ===========================================================
 
@@ -251,10 +261,11 @@ def judge_books(row: Row, books: Books, doubt: Verdict) -> Verdict:
         return _somebody_elses(row, charged[0], doubt)
     if books.gap is not None:
         return _unproven(doubt, books.gap)
-    known = row.derived or any(booking.operation_id == row.operation_id for booking in books.bookings)
-    if not books.bookings or not known:
-        return _unproven(doubt, _NOTHING_SHOWN)
     # What is recorded on a job's lease is of a run of that job, and so proves as much as a rating of our own.
+    if not any(row.derived or booking.operation_id == row.operation_id for booking in books.bookings) and (
+        doubt.recorded or not books.may_read
+    ):
+        return _unproven(doubt, _NOTHING_SHOWN)
     if doubt.uncharged.outcome in ("retry", "retry_slowly"):
         return _quarantined_unseen(row, books, doubt.uncharged)
     return doubt.uncharged

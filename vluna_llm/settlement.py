@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -45,6 +46,7 @@ class Verdict:
     the same bytes again after ``delay`` seconds or the usual backoff, ``retry_slowly`` the same, tells loudly and marks
     the row as one that needs an operator first. ``look_up`` asks the gate's own books (`vluna_llm.books`):
     ``uncharged`` follows where they prove that nothing was charged, ``unproven`` where they do not show enough.
+    ``recorded``: the gate has a commit of ours on record, so that books which do not show it are not to be believed.
 
     ``shown`` is the booking that was found there; it takes the place of the answer's.
     """
@@ -55,6 +57,7 @@ class Verdict:
     delay: float | None = None
     uncharged: Verdict | None = None
     unproven: Verdict | None = None
+    recorded: bool = True
     shown: CommitResult | None = None
 
 
@@ -241,10 +244,13 @@ def before_repair(row: Row) -> Verdict:
     To be judged by `vluna_llm.books.judge_books`: ``repair`` means that the ingest may go out.
     """
     last = f" ({row.last_error})" if row.last_error else ""
-    return _look_up(
-        f"before the repair{last}",
+    return Verdict(
+        "look_up",
+        detail=f"before the repair{last}",
         uncharged=Verdict("repair", detail="the gate's own books show that nothing was charged"),
         unproven=Verdict("held", "refused", f"not repaired: a commit of it may have been charged{last}"),
+        # What was refused is not on record; what was quarantined is.
+        recorded=row.receipt is not None and json.loads(row.receipt).get("state") == "quarantined",
     )
 
 

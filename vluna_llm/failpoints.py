@@ -29,6 +29,7 @@ NAMES: Mapping[str, str] = {
     "adoption.resolved": "what an adopter that died in the middle left behind is settled; nothing else has moved",
     "adoption.emptied": "a dead process's journal has no row left, and is still there",
     "adoption.removed": "a dead process's journal is gone; its lock's file is still there",
+    "orders.carried_out": "rows are as an operator ordered; the orders are still there",
 }
 """Each moment, and what is on disk then."""
 

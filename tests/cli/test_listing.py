@@ -113,10 +113,10 @@ def test_outbox_looks_where_the_settings_say(cli: Cli, left_behind: Path, tmp_pa
 
 
 def test_outbox_names_a_journal_that_cannot_be_read(cli: Cli, tmp_path: Path) -> None:
-    """A broken file is named and makes the exit code 1; it does not hide the others."""
+    """A broken file is named and makes the exit code 3; it does not hide the others."""
     (tmp_path / "journal-1-broken.sqlite3").write_bytes(b"no database" * 100)
     ran = cli("outbox", str(tmp_path))
-    assert ran.code == 1
+    assert ran.code == 3
     assert "journal-1-broken.sqlite3" in ran.out
     assert json.loads(cli("outbox", str(tmp_path), "--json").out)["unreadable"][0]["problem"]
 

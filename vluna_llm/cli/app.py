@@ -17,6 +17,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..errors import VlunaError
+from .outbox import app as outbox_commands
 
 if TYPE_CHECKING:
     from ..sandbox import Sandbox
@@ -149,23 +150,7 @@ def verify(
     raise typer.Exit(1 if failed(found) else 0)
 
 
-@app.command()
-def outbox(
-    directory: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Where to look; default VLUNA_LLM_OUTBOX, else every journal of this user.", show_default=False
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the operations as JSON.")] = False,
-) -> None:
-    """List operations on this machine that are not settled: pending, quarantined, refused, lost. Changes nothing.
-
-    Exit code 1 where a journal could not be read.
-    """
-    from .listing import list_outbox
-
-    raise typer.Exit(list_outbox(console_for(), directory, os.environ, as_json=as_json))
+app.add_typer(outbox_commands, name="outbox")
 
 
 @contextmanager

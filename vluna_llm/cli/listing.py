@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -14,72 +13,56 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import ConfigurationError
-from ..operation import Settlement
-from ..outbox.reading import JournalFile, journals_below, read_journal
-from ..outbox.row import NEXT_STEP, Row
-from ..settings import journal_root
+from ..outbox.row import next_step
+from ..outbox.waiting import STATES, Waiting, needs_person, since
+from .selection import Entry, Snapshot, short_ids
 
-LISTED: tuple[Settlement, ...] = ("pending", "sent", "quarantined", "refused", "lost")
-"""The settlements that are listed: on their way, or waiting for somebody."""
+NOTHING_WAITS, SOMETHING_WAITS, CANNOT_READ = 0, 1, 3
+"""Exit codes, for cron; 2 is a mistake in the settings or on the command line."""
 
-_STYLES = {"pending": "yellow", "sent": "yellow", "quarantined": "bold red", "refused": "bold red", "lost": "red"}
+DEFAULT_MAX_AGE = 3_600.0
+"""Seconds for which a pending settlement is nobody's business."""
 
-
-def list_outbox(console: Console, directory: Path | None, environ: Mapping[str, str], *, as_json: bool) -> int:
-    """List the operations below ``directory``; gives the exit code.
-
-    Raises:
-        ConfigurationError: there is no such directory, or the outbox is configured to be in memory.
-    """
-    where = _place(directory, environ)
-    journals = [read_journal(path) for path in journals_below(where)]
-    listed = [(journal, row) for journal in journals for row in journal.rows if row.state.settlement in LISTED]
-    broken = [journal for journal in journals if journal.problem is not None]
-    if as_json:
-        data = {
-            "directory": str(where),
-            "journals": len(journals),
-            "unreadable": [{"journal": str(journal.path), "problem": journal.problem} for journal in broken],
-            "in_flight": sum(_in_flight(row) for journal in journals for row in journal.rows),
-            "operations": [_as_json(journal, row) for journal, row in listed],
-        }
-        console.file.write(json.dumps(data, indent=2) + "\n")
-    else:
-        _show(console, where, journals, [row for _, row in listed])
-    return 1 if broken else 0
+_STYLES: Mapping[Waiting, str] = {
+    "pending": "yellow",
+    "held": "bold yellow",
+    "dead": "bold red",
+    "quarantined": "bold red",
+    "lost": "red",
+}
 
 
-def _place(directory: Path | None, environ: Mapping[str, str]) -> Path:
-    if directory is None:
-        given = environ.get("VLUNA_LLM_OUTBOX")
-        if given == "memory":
-            raise ConfigurationError(
-                "VLUNA_LLM_OUTBOX is 'memory', so there is nothing on disk to list; name a directory to look there."
-            )
-        if not given:
-            return journal_root()
-        directory = Path(given).expanduser()
-        if not directory.is_dir():
-            raise ConfigurationError(
-                f"VLUNA_LLM_OUTBOX names {directory}, which is no directory (it is made with the first call); "
-                "name another one to look there."
-            )
-    if not directory.is_dir():
-        raise ConfigurationError(f"There is no directory {directory}.")
-    return directory
+def exit_code(snapshot: Snapshot, entries: Sequence[Entry], max_age: float) -> int:
+    """What cron is told. What could not be read comes first: nobody knows what waits there."""
+    if snapshot.problems:
+        return CANNOT_READ
+    now = time.time()
+    return SOMETHING_WAITS if any(needs_person(entry.row, now, max_age) for entry in entries) else NOTHING_WAITS
 
 
-def _in_flight(row: Row) -> bool:
-    return row.state.settlement == "none" and row.state.admission != "denied" and row.state.work != "parked"
+def show_json(console: Console, snapshot: Snapshot, entries: Sequence[Entry], max_age: float) -> None:
+    """Print everything as JSON."""
+    now = time.time()
+    data = {
+        "directory": str(snapshot.directory),
+        "journals": snapshot.journals,
+        "unreadable": [{"journal": one.where, "problem": one.problem} for one in snapshot.problems],
+        "in_flight": snapshot.in_flight,
+        "counts": _counts(entries),
+        "needs_person": sum(needs_person(entry.row, now, max_age) for entry in entries),
+        "operations": [as_json(entry, now) for entry in entries],
+    }
+    console.file.write(json.dumps(data, indent=2) + "\n")
 
 
-def _as_json(journal: JournalFile, row: Row) -> dict[str, Any]:
-    """What may be shown of a row: neither the lease nor the bytes that go to the gate."""
+def as_json(entry: Entry, now: float) -> dict[str, Any]:
+    """What may be shown of an operation: neither the lease nor the bytes that go to the gate."""
+    row = entry.row
     usage = row.state.usage
     return {
         "operation_id": row.operation_id,
-        "state": row.state.settlement,
+        "state": entry.state,
+        "settlement": row.state.settlement,
         "admission": row.state.admission,
         "work": row.state.work,
         "route": row.state.route,
@@ -89,60 +72,98 @@ def _as_json(journal: JournalFile, row: Row) -> dict[str, Any]:
         "model": row.model,
         "usage": None if usage is None else dict(usage.counts()),
         "usage_source": row.state.usage_source,
+        "estimated_input": row.estimated_input,
+        "estimated_output": row.estimated_output,
         "created_at": row.created_at,
         "ended_at": row.ended_at,
+        "age_seconds": round(max(0.0, now - since(row)), 3),
         "attempts": row.attempts,
         "next_attempt_at": row.next_attempt_at or None,
         "last_error": row.last_error,
-        "next_step": NEXT_STEP[row.state.settlement],
+        "next_step": next_step(row),
         "lease_id": row.lease_id,
         "response_id": row.response_id,
         "request_id": row.request_id,
         "base_url": row.base_url,
         "realm_id": row.realm_id,
         "pid": row.pid,
-        "journal": str(journal.path),
+        "journal": None if entry.journal is None else str(entry.journal),
+        "where": entry.where,
     }
 
 
-def _show(console: Console, where: Path, journals: list[JournalFile], rows: list[Row]) -> None:
-    for journal in journals:
-        if journal.problem is not None:
-            console.print(Text(f"cannot read {journal.path}: {journal.problem}", style="red"))
-    busy = sum(_in_flight(row) for journal in journals for row in journal.rows)
-    if not rows:
-        readable = sum(journal.problem is None for journal in journals)
+def show_table(console: Console, snapshot: Snapshot, entries: Sequence[Entry], max_age: float, *, limit: int) -> None:
+    """Print a table for people, its last rows only where there are more than ``limit``, and what to do about it."""
+    for problem in snapshot.problems:
+        console.print(Text(f"cannot read {problem.where}: {problem.problem}", style="red"), soft_wrap=True)
+    if not entries:
+        readable = snapshot.journals - sum(one.where.endswith(".sqlite3") for one in snapshot.problems)
+        what = "Nothing that is asked for waits" if snapshot.entries else "Nothing waits"
         console.print(
-            f"Nothing waits: {readable} journal(s) below {where}, {busy} operation(s) in flight.",
+            f"{what}: {readable} journal(s) below {snapshot.directory}, {snapshot.in_flight} operation(s) in flight.",
             highlight=False,
             soft_wrap=True,
         )
         return
+    show_entries(console, entries[:limit] if limit else entries)
+    if limit and len(entries) > limit:
+        console.print(f"... and {len(entries) - limit} more: --limit 0 shows all, --json too.", highlight=False)
+    counts = _counts(entries)
+    summary = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    console.print(
+        f"{len(entries)} operation(s) below {snapshot.directory}: {summary}; {snapshot.in_flight} in flight.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    now = time.time()
+    for advice in _advice({entry.state for entry in entries if needs_person(entry.row, now, max_age)}):
+        console.print(advice, style="cyan", highlight=False, soft_wrap=True)
+
+
+def show_entries(console: Console, entries: Sequence[Entry]) -> None:
+    """Print the table itself."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("state", "operation", "customer", "feature"):
         table.add_column(name, overflow="fold")
     for name in ("tokens", "age", "tries"):
         table.add_column(name, justify="right", no_wrap=True)
+    somewhere_else = any(entry.journal is None for entry in entries)
+    if somewhere_else:
+        table.add_column("where", overflow="fold")
     table.add_column("what is next", ratio=1, overflow="fold")
+    ids = short_ids([entry.row.operation_id for entry in entries])
     now = time.time()
-    for row in rows:
-        state, usage = row.state.settlement, row.state.usage
+    for entry in entries:
+        row, usage = entry.row, entry.row.state.usage
         table.add_row(
-            Text(state, style=_STYLES[state]),
-            row.operation_id.rpartition(":")[2][:8],
-            row.principal_id,
-            row.feature_code,
+            Text(entry.state, style=_STYLES[entry.state]),
+            ids[row.operation_id],
+            Text(row.principal_id),
+            Text(row.feature_code),
             "-" if usage is None else f"{usage.total_tokens:,}",
-            _age(now - row.created_at),
+            _age(now - since(row)),
             str(row.attempts),
-            row.last_error or NEXT_STEP[state],
+            *([Text("here" if entry.journal else entry.where)] if somewhere_else else []),
+            Text(row.last_error or next_step(row)),
         )
     console.print(table)
-    counts = Counter(row.state.settlement for row in rows)
-    summary = ", ".join(f"{counts[state]} {state}" for state in LISTED if counts[state])
-    console.print(
-        f"{len(rows)} operation(s) below {where}: {summary}; {busy} in flight.", highlight=False, soft_wrap=True
-    )
+
+
+def _advice(states: set[Waiting]) -> list[str]:
+    """What a person does next."""
+    said = {
+        "held": "held: mend what the gate complains of (vluna-llm verify), then: vluna-llm outbox retry --state held",
+        "dead": "dead: mend it, then: vluna-llm outbox retry ID, or repair ID, or settle it by hand and drop ID",
+        "quarantined": "quarantined: add the price or meter at the gate, then: vluna-llm outbox repair --all",
+        "lost": "lost: nobody knows their usage; vluna-llm outbox export --state lost, then drop ID",
+        "pending": "pending for long: is a process of yours running? vluna-llm outbox retry --state pending delivers",
+    }
+    return [text for state, text in said.items() if state in states]
+
+
+def _counts(entries: Sequence[Entry]) -> dict[Waiting, int]:
+    counts = Counter(entry.state for entry in entries)
+    return {state: counts[state] for state in STATES}
 
 
 def _age(seconds: float) -> str:

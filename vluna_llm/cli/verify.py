@@ -30,9 +30,9 @@ from ..gate.failures import is_missing_route
 from ..gate.requests import POST_PATHS, GateRequest, new_key
 from ..gate.wire import Answer
 from ..outbox.reading import journals_below, read_journal
+from ..outbox.waiting import waiting_as
 from ..settings import Settings
 from ..usage.features import FeatureMap
-from .listing import LISTED
 
 Status = Literal["ok", "warn", "fail", "skip"]
 
@@ -168,7 +168,7 @@ def _outbox(settings: Settings) -> Finding:
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return Finding(name, "fail", f"{existing} cannot be written", "Set it to a directory that can be written.")
     rows = [row for path in journals_below(directory) for row in read_journal(path).rows]
-    waiting = sum(row.state.settlement in LISTED for row in rows)
+    waiting = sum(waiting_as(row) is not None for row in rows)
     if waiting:
         return Finding(name, "warn", f"{directory}: {waiting} not settled", "Look at: vluna-llm outbox")
     return Finding(name, "ok", str(directory))

@@ -50,6 +50,10 @@ class Admissions:
         self._cap = UngatedCap()
         self._denials = RecentDenials()
 
+    def gate_is_back(self) -> None:
+        """A settlement found the gate back: the next call asks it."""
+        self._breaker.probe_now(time.monotonic())
+
     def store(self, process: Process, prepared: Prepared, mode: Mode, features: FeatureMap) -> None:
         """Keep the row before anything is asked of anybody.
 
@@ -112,7 +116,10 @@ class Admissions:
             recent_denial=self._denials.of(customer, now),
             ungated_room=self._cap.has_room(row.principal_id, now),
         )
+        was_away = self._breaker.state(now) != "closed"
         self._learn(row.principal_id, customer, outcome, decision, now)
+        if was_away and self._breaker.state(now) == "closed":
+            process.gate_is_back()
         if outcome.hints:
             self._telemetry.hints(outcome.hints, "authorize", attributes_of(row), span=span_of(row))
         if decision.action == "refuse":

@@ -141,7 +141,7 @@ class Ledger:
     def sync(self) -> None:
         """Make what was written survive a loss of power, too; told where that cannot be."""
         try:
-            getattr(self.journal, "sync", lambda: None)()
+            self.journal.sync()
         except OutboxUnavailable as error:
             self._telemetry.emit(
                 "vluna.internal_error", "error", {"error.type": "OutboxUnavailable"}, message=str(error)

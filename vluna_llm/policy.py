@@ -322,6 +322,11 @@ class Breaker:
         """Seconds until the next call may ask; 0 where one may now."""
         return 0.0 if self._retry_at is None else max(0.0, self._retry_at - now)
 
+    def probe_now(self, now: float) -> None:
+        """The gate was heard of elsewhere: whoever comes next may ask."""
+        if self._retry_at is not None and not self._probing:
+            self._retry_at = now
+
     def unused(self, now: float) -> None:
         """Who was admitted has asked nothing: another may probe at once."""
         if self._probing:

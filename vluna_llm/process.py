@@ -153,6 +153,8 @@ class Process:
         self._features = features
         self._gate: GateClient | None = None
         self._async_gate: AsyncGateClient | None = None
+        self.tell_back: Callable[[], None] = _nobody
+        """Called when a settlement finds the gate back: calls need not wait until they find out themselves."""
         self._begin()
         _made.add(self)
 
@@ -210,6 +212,7 @@ class Process:
                     self._features.names,
                     notes=life.notes,
                     predecessor=life.left,
+                    tell_back=self.tell_back,
                 )
                 life.left = None
                 _alive.add(life)
@@ -236,6 +239,12 @@ class Process:
         """Whether this thread is inside one of our critical sections: then only `later` may be called."""
         runtime = self._life.runtime
         return held(self._life.guard) or (runtime is not None and runtime.entered())
+
+    def gate_is_back(self) -> None:
+        """A call found the gate back: settlements need not wait until they find out themselves."""
+        runtime = self._life.runtime
+        if runtime is not None:
+            runtime.settler.gate_is_back()
 
     def internal_error(self, where: str) -> None:
         """An exception of ours is being handled: logged and counted."""
@@ -290,6 +299,10 @@ class Process:
         if life.runtime is not None:
             _left_to_parents.append(life)
             life.runtime.left_to_parent()
+
+
+def _nobody() -> None:
+    """Nobody wants to know."""
 
 
 # -- the end of the process ------------------------------------------------------------------------------------------

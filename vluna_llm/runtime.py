@@ -81,6 +81,7 @@ class Runtime:
         *,
         notes: queue.SimpleQueue[Callable[[], None]],
         predecessor: Path | None = None,
+        tell_back: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.gate = gate
@@ -113,6 +114,7 @@ class Runtime:
             names=names,
             notes=notes,
             before_delivery=self._apply_lessons,
+            tell_back=tell_back,
         )
         # Whether this thread is inside a critical section of this runtime.
         self.entered = any_held(self._guard, *self.ledger.locks, *self.settler.locks)

@@ -48,7 +48,9 @@ class Settler:
         notes: queue.SimpleQueue[Callable[[], None]] | None = None,
         before_delivery: Callable[[], None] = lambda: None,
         retry_after: Callable[[int, float], float] = backoff,
+        tell_back: Callable[[], None] = lambda: None,
     ) -> None:
+        self._tell_back = tell_back
         self._ledger = ledger
         self._telemetry = telemetry
         self._before_delivery = before_delivery
@@ -230,21 +232,31 @@ class Settler:
             self._changed.notify(taken)
         self._drained.notify_all()
 
+    def gate_is_back(self) -> None:
+        """The gate was heard of elsewhere: try at once what failed because it was away."""
+        with self._changed:
+            now = time.monotonic()
+            if self._breaker.state(now) != "closed":
+                self._breaker.probe_now(now)
+                self._backlog.gate_is_back(now)
+                self._changed.notify_all()
+
     def _heard(self, works: bool) -> None:
         """An exchange with the gate ended on this thread."""
         self._this_thread.works = works
         with self._changed:
             now = time.monotonic()
-            before = self._breaker.state(now)
+            was_open = self._breaker.state(now) != "closed"
             if works:
                 self._breaker.succeeded()
-                if before != "closed":
-                    self._backlog.gate_is_back(now)
-                    self._changed.notify_all()
             else:
                 self._breaker.failed(now)
-                if before != "closed":
-                    self._changed.notify_all()  # the next probe may be due earlier than they wait for
+            if was_open:
+                if works:
+                    self._backlog.gate_is_back(now)
+                self._changed.notify_all()  # those that wait for the next probe need not, or have to anew
+        if works and was_open:
+            self._tell_back()
 
     # -- chores ----------------------------------------------------------------------------------------------------
 

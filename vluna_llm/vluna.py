@@ -56,6 +56,7 @@ class Vluna:
         self._estimator = Estimator()
         self._admissions = Admissions(self.settings, self.telemetry)
         self._process = Process(self.settings, self.telemetry, self._estimator, self._features)
+        self._process.tell_back = self._admissions.gate_is_back
         if self.settings.outbox_shared is not None:
             raise ConfigurationError(
                 "VLUNA_LLM_OUTBOX_SHARED is not supported by this version; unset it, and keep VLUNA_LLM_OUTBOX on a "

@@ -369,3 +369,29 @@ def test_a_page_in_the_place_of_the_prices_is_not_taken_for_no_prices(vluna: Vlu
     assert vluna.flush(10)
     (entry,) = gate.booked("ann").entries
     assert (entry.status, entry.charged_xusd) == ("applied", 480)
+
+
+def test_a_gate_that_is_back_is_noticed_by_calls_and_settlements_alike(make_vluna: Any, gate: Sandbox) -> None:
+    """After a long outage each has its own reason to leave the gate alone for half a minute; the first to hear tells."""
+    vluna = make_vluna(authorize_deadline=0.2)
+    gate.stop()
+    for _ in range(12):
+        complete(vluna)
+    admissions, settler = vluna._admissions._breaker, vluna._running().settler._breaker
+    in_a_while = time.monotonic() + 3600
+    admissions._retry_at = settler._retry_at = in_a_while
+    gate.start()
+    assert not vluna.flush(0.5), "nobody asks"
+    admissions._retry_at = 0.0
+    assert begin(vluna).lease is not None
+    assert vluna.flush(10), "a call told the settlements"
+    assert len(charged(gate)) == 12
+    gate.stop()
+    for _ in range(12):
+        complete(vluna)
+    admissions._retry_at = in_a_while
+    gate.start()
+    settler.probe_now(time.monotonic())
+    assert vluna.flush(10)
+    assert len(charged(gate)) == 24
+    assert begin(vluna).lease is not None, "a settlement told the calls"

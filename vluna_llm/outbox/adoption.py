@@ -20,13 +20,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import OutboxUnavailable
 from ..failpoints import hit
 from . import forks, schema
+from .batch import NAMES, Batch, NotYet, needs_delivery
 from .lock import FileLock
-from .row import COLUMNS, Row, from_values, insert_values, is_done, next_step
+from .row import Row, from_values, next_step
 
 if TYPE_CHECKING:
     from .journal import Journal
@@ -34,27 +35,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("vluna_llm")
 
 AT_ONCE = 500
-"""Rows that are moved while callers wait for the journal."""
+"""Rows that are moved together; what they cost is three waits for the disk."""
+_SLICE = 100
+"""Rows that are written while callers wait for the journal: about 2 ms."""
 _PATIENCE = 5.0
 _LEFTOVER_AGE = 60.0
 """Seconds after which a lock without its journal is a leftover, and not that of a journal that is just being made."""
 
-_NAMES = tuple(COLUMNS)
-_COLUMNS = ", ".join(_NAMES)
-_COPY = f"INSERT INTO operations ({_COLUMNS}) VALUES ({', '.join(f':{name}' for name in _NAMES)})"  # noqa: S608
+_COLUMNS = ", ".join(NAMES)
+_COPY = f"INSERT INTO operations ({_COLUMNS}) VALUES ({', '.join(f':{name}' for name in NAMES)})"  # noqa: S608
 _COPY_ORDER = "INSERT INTO orders (operation_id, what, at) VALUES (?, ?, ?)"
 _CLEAR = "UPDATE operations SET arrived_from = NULL, next_step = ? WHERE operation_id = ? AND arrived_from = ?"
 _BATCH = f"SELECT rowid, {_COLUMNS} FROM operations WHERE rowid > ? ORDER BY rowid LIMIT {AT_ONCE}"  # noqa: S608
 _COPIES = f"SELECT * FROM operations WHERE arrived_from = ? LIMIT {AT_ONCE}"  # noqa: S608
-_STATE = frozenset(("admission", "work", "settlement", "route", "dialect", "cancel_sent"))
 
-Values = dict[str, Any]
 Begin = Callable[[], AbstractContextManager[sqlite3.Connection]]
 """Begins a transaction in the file that copies are in."""
-
-
-class _NotYet(Exception):
-    """The file is left for later."""
 
 
 class _NothingForUs(Exception):
@@ -100,7 +96,7 @@ class Adopter:
                 continue
             try:
                 yield from self._adopt_file(path, base_url, realm_id)
-            except _NotYet:
+            except NotYet:
                 continue
             except _NothingForUs:
                 self._left_alone[path] = (base_url, realm_id, *_stamp(path))
@@ -145,7 +141,7 @@ class Adopter:
                 if not found:
                     break
                 after = found[-1]["rowid"]
-                batch = _Batch(found, base_url, realm_id)
+                batch = Batch(found, base_url, realm_id)
                 staying, unread = staying + len(found) - len(batch.numbers), unread or batch.unread
                 if batch.numbers:
                     self._move_batch(path, db, batch)
@@ -161,16 +157,17 @@ class Adopter:
         if staying:
             raise _NothingForUs
 
-    def _move_batch(self, path: Path, db: sqlite3.Connection, batch: _Batch) -> None:
+    def _move_batch(self, path: Path, db: sqlite3.Connection, batch: Batch) -> None:
         """The three writes."""
         self._interrupted.add(path.name)
-        with self._journal.transaction() as own:
-            for found in _of_these(own, "operations", list(batch.rows)):
-                if batch.meets(found):
-                    own.execute("DELETE FROM operations WHERE operation_id = ?", (found["operation_id"],))
-            own.executemany(_COPY, batch.copies(path.name))
-            for order in _of_these(db, "orders", batch.ids):
-                own.execute(_COPY_ORDER, (order["operation_id"], order["what"], order["at"]))
+        for keys in _slices(list(batch.rows)):
+            with self._journal.transaction() as own:
+                for found in _of_these(own, "operations", keys):
+                    if batch.meets(found):
+                        own.execute("DELETE FROM operations WHERE operation_id = ?", (found["operation_id"],))
+                own.executemany(_COPY, batch.copies(keys, path.name))
+                for order in _of_these(db, "orders", keys):
+                    own.execute(_COPY_ORDER, (order["operation_id"], order["what"], order["at"]))
         self._journal.sync()
         hit("adoption.copied")
         with _transaction(db):
@@ -179,8 +176,9 @@ class Adopter:
                 raise sqlite3.DatabaseError(f"{len(batch.numbers)} rows were to be deleted, and {gone} were")
             db.executemany("DELETE FROM orders WHERE operation_id = ?", [(op,) for op in batch.ids])
         hit("adoption.deleted")
-        with self._journal.transaction() as own:
-            own.executemany(_CLEAR, [(next_step(row), row.operation_id, path.name) for row in batch.rows.values()])
+        for keys in _slices(list(batch.rows)):
+            with self._journal.transaction() as own:
+                own.executemany(_CLEAR, [(next_step(batch.rows[key]), key, path.name) for key in keys])
         self._interrupted.discard(path.name)
         hit("adoption.cleared")
 
@@ -196,7 +194,7 @@ class Adopter:
             rows = _resolve(self._journal.transaction, db, path.name)
             self._interrupted.discard(path.name)
             hit("adoption.resolved")
-            return [row for row in rows if _needs_delivery(row)]
+            return [row for row in rows if needs_delivery(row)]
         other = path.with_name(Path(name).name)
         with self._other(path, other) as copies:
             if copies is not None:
@@ -208,7 +206,7 @@ class Adopter:
         """Resolve the copies in this file; those whose original cannot be looked at now stay, and are not moved."""
         names = [name for (name,) in db.execute("SELECT DISTINCT arrived_from FROM operations").fetchall() if name]
         for name in names:
-            with contextlib.suppress(_NotYet), self._other(path, path.with_name(Path(name).name)) as originals:
+            with contextlib.suppress(NotYet), self._other(path, path.with_name(Path(name).name)) as originals:
                 _resolve(functools.partial(_transaction, db), originals, name)
                 hit("adoption.resolved")
 
@@ -219,7 +217,7 @@ class Adopter:
                 with contextlib.suppress(OutboxUnavailable):
                     rows = _resolve(self._journal.transaction, None, name)
                     self._interrupted.discard(name)
-                    yield from filter(_needs_delivery, rows)
+                    yield from filter(needs_delivery, rows)
 
     @contextlib.contextmanager
     def _other(self, path: Path, other: Path) -> Iterator[sqlite3.Connection | None]:
@@ -229,7 +227,7 @@ class Adopter:
             return
         with _locked(other) as free:
             if not free and other.exists():
-                raise _NotYet
+                raise NotYet
             if not free:
                 yield None
                 return
@@ -238,79 +236,17 @@ class Adopter:
                 version = schema.version_of(db)
             except (sqlite3.Error, OSError) as error:
                 self._tell(path, f"waits for {other}, which cannot be read ({error}). Move it away to go on without it")
-                raise _NotYet from error
+                raise NotYet from error
             with contextlib.closing(db):
                 if version:
                     schema.migrate(db)
                 yield db if version else None
 
 
-class _Batch:
-    """Some rows of one file: which of them move, and what becomes of them. Pure."""
-
-    def __init__(self, found: Sequence[sqlite3.Row], base_url: str, realm_id: str) -> None:
-        self.numbers: list[int] = []
-        """Those that leave the file: they are done, are moved, or are known better where they go."""
-        self.ids: list[str] = []
-        self.rows: dict[str, Row] = {}
-        """Those that are copied, as they will be."""
-        self._values: dict[str, Values] = {}
-        self._lost: set[str] = set()
-        self.unread: str | None = None
-        for number, *plain in found:
-            values: Values = dict(zip(_NAMES, plain, strict=True))
-            if values["arrived_from"] or (values["base_url"], values["realm_id"]) != (base_url, realm_id):
-                continue
-            try:
-                row = from_values(values)
-            except (KeyError, TypeError, ValueError) as error:
-                self.unread = f"{values['operation_id']}: {type(error).__name__}: {error}"
-                continue
-            self.numbers.append(number)
-            self.ids.append(row.operation_id)
-            if is_done(row):
-                continue
-            died = row.state.owner_died()
-            if died is not row.state:
-                self._lost.add(row.operation_id)
-                row = row.evolve(state=died)
-                values["settlement"] = died.settlement
-            self.rows[row.operation_id], self._values[row.operation_id] = row, values
-
-    def meets(self, found: sqlite3.Row) -> bool:
-        """A row of the same operation is there already. True where it makes way for the one that comes.
-
-        That is where the usage is known by the one that comes and not by the one that is there; a cancel that was sent
-        by the latter is not forgotten. Else what is there is newer.
-        """
-        mine, theirs = from_values(dict(found)), self.rows[found["operation_id"]]
-        if mine.arrived_from is not None:
-            raise _NotYet  # it is on its way from a third file as well: that one first
-        if mine.state.usage is not None or theirs.state.usage is None or theirs.state.usage_source is None:
-            del self.rows[theirs.operation_id]
-            return False
-        after_cancel = mine.state.completed(theirs.state.usage, theirs.state.usage_source)
-        if mine.state.cancel_sent and after_cancel is not mine.state:
-            merged = theirs.evolve(state=after_cancel, path=None, body=None, attempts=0, next_attempt_at=0.0)
-            self.rows[theirs.operation_id] = merged
-            values = self._values[theirs.operation_id]
-            values.update(dict.fromkeys(("path", "body")), attempts=0, next_attempt_at=0.0)
-            values.update({name: value for name, value in insert_values(merged).items() if name in _STATE})
-        return True
-
-    def copies(self, origin: str) -> list[Values]:
-        """The values to store, as copies from this file."""
-        mark = {"arrived_from": origin, "next_step": f"being taken over from {origin}"}
-        return [{**self._values[key], **mark} for key in self.rows]
-
-    @property
-    def need_care(self) -> list[Row]:
-        """Those that have to be delivered, and those that are lost since now."""
-        return [row for key, row in self.rows.items() if _needs_delivery(row) or key in self._lost]
-
-
-def _needs_delivery(row: Row) -> bool:
-    return row.state.settlement in ("pending", "sent") and row.stage is None
+def _slices(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    for first in range(0, len(keys), _SLICE):
+        yield keys[first : first + _SLICE]
+        time.sleep(0)  # whoever waits for the journal goes first
 
 
 def _resolve(begin: Begin, originals: sqlite3.Connection | None, name: str) -> list[Row]:

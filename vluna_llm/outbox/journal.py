@@ -283,8 +283,8 @@ class Journal:
             return schema.orders_of(db)
 
     def forget_orders(self, *ids: int) -> None:
-        """Drop orders that were carried out."""
-        self._execute(f"DELETE FROM orders WHERE id IN ({schema.marks(ids)})", ids)  # noqa: S608
+        """Drop orders that were carried out, a few hundred at most."""
+        self._execute(f"DELETE FROM orders WHERE id IN ({schema.marks(ids)})", ids)  # noqa: S608 - question marks
 
     # -- adoption --------------------------------------------------------------------------------------------------
 

@@ -143,10 +143,14 @@ def remove(path: Path) -> None:
 
 
 def orders_of(db: sqlite3.Connection) -> list[Order]:
-    """The orders that wait in a file, in the order in which they were given."""
+    """The orders that wait in a file, in the order in which they were given; not those for copies that are nobody's."""
     if version_of(db) < 3:
         return []
-    return [Order(*found) for found in db.execute("SELECT id, operation_id, what, at FROM orders ORDER BY id")]
+    found = db.execute(
+        "SELECT id, operation_id, what, at FROM orders WHERE NOT EXISTS (SELECT 1 FROM operations WHERE "
+        "operations.operation_id = orders.operation_id AND arrived_from IS NOT NULL) ORDER BY id"
+    )
+    return [Order(*order) for order in found.fetchall()]
 
 
 def totals_of(db: sqlite3.Connection) -> list[Total]:

@@ -186,6 +186,7 @@ class Admissions:
     def _operation(self, process: Process, prepared: Prepared, lease: Lease | None) -> Operation:
         watch = prepared.watch
         assert watch is not None
+        self._telemetry.gauges.admitted("ungated" if lease is None else "leased")
         row: Row | None
         if lease is not None:
             # Not written: should this process die, its call is lost with or without a lease. The row that ends the
@@ -214,6 +215,7 @@ class Admissions:
     def _refused(self, process: Process, prepared: Prepared, decision: Decision) -> None:
         self._end(process, prepared, lambda state: state.denied())
         hit("admission.denied")
+        self._telemetry.gauges.admitted("denied")
         error = decision.error
         self._telemetry.emit(
             "vluna.operation.denied",

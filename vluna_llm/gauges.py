@@ -27,6 +27,7 @@ that no call of the product ever waits for a lock of a metrics SDK, not even one
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 import time
@@ -37,7 +38,7 @@ from typing import Literal
 from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
-from .telemetry import log
+log = logging.getLogger("vluna_llm")
 
 Admitted = Literal["leased", "ungated", "denied"]
 Waiting = Literal["pending", "held", "dead", "quarantined", "lost"]

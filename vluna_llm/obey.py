@@ -54,6 +54,7 @@ def _carried_out(order: Order, ledger: Ledger, settler: Settler, telemetry: Tele
     if changed.state.settlement in ("pending", "sent"):
         settler.enqueue(changed)
     elif what == "drop" and not refusal:
+        telemetry.gauges.delivered("lapsed", changed.state.route)
         ledger.settled(changed, receipt_of(changed, "lapsed", None, changed.last_error))
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,8 @@ def attributes_of(row: Row) -> Mapping[str, Any]:
 
 def tell_end(telemetry: Telemetry, row: Row, receipt: Receipt) -> None:
     """Tell how a settlement ended: quietly where it was charged, loudly where it was not and should have been."""
+    delay = time.time() - row.ended_at if receipt.charged and row.ended_at is not None else None
+    telemetry.gauges.delivered(receipt.state, row.state.route, delay)
     attributes = {
         **attributes_of(row),
         "vluna.commit.id": receipt.commit_id,

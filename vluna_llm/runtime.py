@@ -23,7 +23,9 @@ from .gate.client_async import AsyncGateClient
 from .gate.models import CancelResult, CommitResult
 from .gate.requests import GateRequest
 from .ledger import Ledger
+from .obey import carry_out
 from .outbox import Journal, Row
+from .outbox.waiting import depths
 from .pricing import Price, PriceBook, Prices
 from .reentry import any_held
 from .settings import Settings
@@ -36,6 +38,7 @@ from .usage.features import MeterNames
 from .usage.types import TokenUsage
 
 SETTLE_TIMEOUT = 5.0
+_ORDERS_EVERY = 2.0
 _ADOPT_EVERY = 10.0
 """Seconds between two looks for journals of processes that died meanwhile."""
 _MAX_COUNTED_PRINCIPALS = 10_000
@@ -124,6 +127,9 @@ class Runtime:
         # Not on the caller's path: a directory may hold the backlog of a long outage.
         self.settler.keeper.note(self._adopt)
         self.settler.keeper.every(_ADOPT_EVERY * random.uniform(0.8, 1.2), "adopt", self._adopt)
+        self.settler.keeper.note(self._carry_out_orders)
+        self.settler.keeper.every(_ORDERS_EVERY, "orders", self._carry_out_orders)
+        self._unwatch = telemetry.gauges.watch(lambda: depths(journal.totals()))
         self.settler.start()
 
     def _adopt(self, paths: Sequence[Path] | None = None) -> None:
@@ -143,6 +149,9 @@ class Runtime:
                 waiting,
                 lost,
             )
+
+    def _carry_out_orders(self) -> None:
+        carry_out(self.ledger, self.settler, self.telemetry)
 
     def _fetch_prices(self, feature_code: str, principal_id: str, user_id: str) -> Prices:
         meters = self.gate.meters(
@@ -181,6 +190,7 @@ class Runtime:
     def count_forgone(self, principal_id: str, tokens: int) -> None:
         """Remember the generated tokens that an aborted call gives away, by principal."""
         if tokens:
+            self.telemetry.gauges.forgone(tokens)
             with self._guard:
                 if principal_id in self.forgone or len(self.forgone) < _MAX_COUNTED_PRINCIPALS:
                     self.forgone[principal_id] += tokens
@@ -199,6 +209,7 @@ class Runtime:
     def close(self) -> Path | None:
         """Give up the journal; its file where something is left in it. Who waits is told that it is held."""
         self.closed = True
+        self._unwatch()
         left = self.settler.outstanding
         path = self.ledger.journal.path
         kept = self.ledger.close()

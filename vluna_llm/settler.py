@@ -91,9 +91,11 @@ class Settler:
         delay = min(max(0.0, due - time.time()), LONGEST_WAIT) if due else 0.0
         with self._changed:
             self.arrived += 1
-            self._backlog.offer(
+            offer = self._backlog.offer(
                 row.operation_id, row.lane, time.monotonic(), delay, must=not self._ledger.is_stored(row.operation_id)
             )
+            if offer != "known":
+                self._telemetry.gauges.arrived()
             self._changed.notify()
             self._staff()
             if self._sync_is_due:

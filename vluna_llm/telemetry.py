@@ -16,6 +16,7 @@ event name                           severity  when
 ``vluna.settlement.repaired``        WARN      usage of a quarantined commit was booked by ingest
 ``vluna.settlement.refused``         ERROR     the gate will not take a settlement; an operator has to look
 ``vluna.settlement.retrying``        WARN      a settlement is kept and tried again; ERROR where somebody has to act
+``vluna.settlement.ordered``         WARN      an operator ordered a retry, repair or drop; INFO where it meant nothing
 ``vluna.endpoint.unmetered``         WARN      a call that costs money went through unbilled; ERROR where it was meant
                                                to be billed
 ``vluna.internal_error``             ERROR     an error of this package; the product's call went on
@@ -24,9 +25,9 @@ event name                           severity  when
 Attributes: ``vluna.operation.id``, ``vluna.principal.id``, ``vluna.feature.code``, ``vluna.lease.id``,
 ``vluna.commit.id``, ``vluna.request.id``, ``vluna.amount_xusd``, ``vluna.usage.source``, ``vluna.phase``
 (``authorize``, ``commit``, ``ingest``, ``cancel``), ``vluna.hint.type`` and ``vluna.hint.<field>``,
-``vluna.attempts``, ``vluna.denial.reason``, ``vluna.forgone_tokens``, ``vluna.endpoint``, ``vluna.audio_seconds``,
-``gen_ai.request.model``, ``gen_ai.response.id``, ``gen_ai.usage.input_tokens``, ``gen_ai.usage.output_tokens``,
-``error.type``.
+``vluna.attempts``, ``vluna.order``, ``vluna.denial.reason``, ``vluna.forgone_tokens``, ``vluna.endpoint``,
+``vluna.audio_seconds``, ``gen_ai.request.model``, ``gen_ai.response.id``, ``gen_ai.usage.input_tokens``,
+``gen_ai.usage.output_tokens``, ``error.type``. Metrics: `vluna_llm.gauges`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from opentelemetry import trace
 from opentelemetry._logs import Logger, SeverityNumber, get_logger
 from opentelemetry.context import Context
 
+from .gauges import of_this_process
 from .types import Hint
 
 log = logging.getLogger("vluna_llm")
@@ -103,10 +105,11 @@ class SpanRef:
 
 
 class Telemetry:
-    """Emits events and counts them. Never raises into the caller."""
+    """Emits events and counts them. Never raises into the caller. ``gauges`` are the metrics of the process."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.gauges = of_this_process()
         self._logger: Logger | None = None
 
     def emit(

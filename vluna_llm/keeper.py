@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -133,6 +134,8 @@ def started(target: Callable[[], None], name: str) -> threading.Thread | None:
 
     What it would have done is in the journal, and is tried again with the next settlement or by the next process.
     """
+    if sys.is_finalizing():
+        return None  # up to Python 3.11 the start would wait for ever
     thread = threading.Thread(target=target, name=name, daemon=True)
     try:
         thread.start()

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-all bench clean
+.PHONY: help demo test test-long test-all bench soak clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ test-all: test test-long  ## all tests and the long ones
 
 bench: $(VENV)/.bench  ## the performance budget: a table and a plot in benchmarks/results
 	$(BIN)/python -m benchmarks
+
+soak: $(VENV)/.bench  ## ten minutes of kill -9 (SOAK="--minutes 30 --seed 7" for another run): one summary line
+	$(BIN)/python tests/soak $(SOAK)
 
 clean:  ## remove environments and caches
 	rm -rf $(VENV) .tox .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist benchmarks/results

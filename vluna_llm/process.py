@@ -34,6 +34,7 @@ from typing import TypeVar
 from .gate.client import GateClient
 from .gate.client_async import AsyncGateClient
 from .gate.credentials import GateCredentials
+from .keeper import started
 from .ledger import LedgerClosed
 from .outbox.reading import journals_below
 from .reentry import held
@@ -109,10 +110,8 @@ class _Retirement:
             if self._runs:
                 return
             self._runs = True
-        try:
-            threading.Thread(target=self._run, name="vluna-llm-retirement", daemon=True).start()
-        except RuntimeError:  # no thread to be had: it is closed at exit, or when the next one comes
-            self._runs = False
+        if started(self._run, "vluna-llm-retirement") is None:
+            self._runs = False  # it is closed at exit, or when the next one comes
 
     def _run(self) -> None:
         pause = 0.02

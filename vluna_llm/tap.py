@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import importlib
+import sys
 import threading
 import time
 import weakref
@@ -123,7 +124,9 @@ class _Tap:
 
     def _wants_drain(self) -> bool:
         watch = self._watch
-        return not (watch.told or watch.cancelled or watch.rest_is_known()) and watch.sink.on_abort == "drain"
+        if watch.told or watch.cancelled or watch.rest_is_known() or sys.is_finalizing():
+            return False
+        return watch.sink.on_abort == "drain"
 
 
 class _SyncTap(_Tap):

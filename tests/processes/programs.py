@@ -55,16 +55,17 @@ class Program:
 
     def __init__(self, gate: Sandbox, outbox: Path, directory: Path) -> None:
         self.outbox = outbox
-        self._directory = directory
+        self.directory = directory
         self._running: list[subprocess.Popen[str]] = []
         self._gate = gate
 
     def start(self, source: str, *arguments: str, python: str = sys.executable, **environment: str) -> Any:
         """Start it, and go on."""
-        path = self._directory / f"program_{len(self._running)}.py"
+        path = self.directory / f"program_{len(self._running)}.py"
         path.write_text(PRELUDE + textwrap.dedent(source), encoding="utf-8")
         running = subprocess.Popen(
             [python, str(path), *arguments],
+            cwd=self.directory,
             env=self.environment(**environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -138,8 +138,8 @@ def read_books(gate: Reader, row: Row, commit_id: str | None = None) -> Books:
         if len(ratings) > MOST_RATINGS:
             return Books(gap=f"there are {len(ratings)} ratings")
         if not may_read:
-            asked = {"principal_id": row.principal_id, "user_id": row.user_id}
-            may_read = len(_read(gate.ratings(**asked, limit=1, timeout=LOOK_TIMEOUT))) > 0
+            page = gate.ratings(principal_id=row.principal_id, user_id=row.user_id, limit=1, timeout=LOOK_TIMEOUT)
+            may_read = len(_read(page)) > 0
         found = tuple(_booking(rating, _allocated(gate, row, rating)) for rating in ratings.values())
         return Books(found, may_read=may_read)
     except (GateAuthError, GateDenied, InvalidGateRequest) as error:

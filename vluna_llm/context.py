@@ -54,6 +54,7 @@ class CallContext:
         request_id: the caller's own request id, sent to the gate and stored as a label.
         idempotency_key: names a job that may be run more than once (design rule 17).
         scopes: the scopes that add up this call, innermost last.
+        job: the scope in which ``idempotency_key`` was given: one run of the job, whatever contexts it opens inside.
     """
 
     principal_id: str | None = None
@@ -66,6 +67,7 @@ class CallContext:
     idempotency_key: str | None = None
     labels: Mapping[str, str] = field(default_factory=_no_labels, hash=False)
     scopes: tuple[Scope, ...] = ()
+    job: Scope | None = None
 
     def override(self, other: CallContext) -> CallContext:
         """This context with every field that ``other`` sets; labels are merged, scopes joined.
@@ -81,6 +83,8 @@ class CallContext:
             changes["labels"] = MappingProxyType({**self.labels, **other.labels})
         if other.scopes:
             changes["scopes"] = (*self.scopes, *(scope for scope in other.scopes if scope not in self.scopes))
+        if other.job is not None:
+            changes["job"] = other.job
         return replace(self, **changes) if changes else self
 
 
@@ -238,7 +242,10 @@ class Scope:
             self._changed.notify_all()
 
     def occurrence(self, fingerprint: str) -> int:
-        """How often this request was made in the scope before, counted from 0 (design rule 17)."""
+        """How often this request was made in the scope before, counted from 0 (design rule 17).
+
+        The ``fingerprint`` also tells who pays and for what, so that customers in one job do not count each other's.
+        """
         with self._changed:
             n = self._occurrences.get(fingerprint, 0)
             self._occurrences[fingerprint] = n + 1
@@ -291,7 +298,8 @@ class call_context:
 
     def __enter__(self) -> Scope:
         scope = Scope()
-        merged = current_context().override(replace(self._own, scopes=(scope,)))
+        job = scope if self._own.idempotency_key is not None else None
+        merged = current_context().override(replace(self._own, scopes=(scope,), job=job))
         self._entered.append((merged, _current.set(merged)))
         return scope
 

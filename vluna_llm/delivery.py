@@ -109,6 +109,8 @@ class Delivery:
         names: the meters of a feature.
         retry_after: seconds until the next attempt, by the number of attempts and jitter.
         heard: told after each exchange whether the gate could do its work.
+        books_denied_jobs: book a job by ingest where the gate denies it the lease that its runs share (observe mode,
+            in which nothing is refused). A run of it that gets the lease later is then charged beside it.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Delivery:
         names: Callable[[str], MeterNames],
         retry_after: Callable[[int, float], float] = backoff,
         heard: Callable[[bool], None] = lambda works: None,
+        books_denied_jobs: bool = False,
     ) -> None:
         self._courier = courier
         self._prices = prices
@@ -129,6 +132,7 @@ class Delivery:
         self._names = names
         self._backoff = retry_after
         self._heard = heard
+        self._books_denied_jobs = books_denied_jobs
 
     def deliver(self, operation_id: str, store: Store) -> float | None:
         """Try one settlement once; the seconds until the next attempt, None where there is none."""
@@ -147,6 +151,8 @@ class Delivery:
             result = self._courier.settle(request, traceparent=_traceparent(row), request_id=row.request_id)
         except _NoPrice as error:
             self._prices.forget(row.feature_code)
+            return self._after(store, row, Verdict("retry_slowly", detail=str(error)), None)
+        except _NoLease as error:
             return self._after(store, row, Verdict("retry_slowly", detail=str(error)), None)
         except ConfigurationError as error:
             return self._after(store, row, Verdict("held", "refused", str(error)), None)
@@ -230,8 +236,12 @@ class Delivery:
     def _late_lease(self, row: Row, store: Store) -> Row:
         try:
             lease = self._courier.lease(row)
-        except (GateDenied, InvalidGateRequest):
-            return row  # no lease to share: booked by ingest, as any call that ran without one
+        except (GateDenied, InvalidGateRequest) as error:
+            if self._books_denied_jobs:
+                return row
+            # That the gate denies it does not mean that there is none: it looks at the credit first (gate contract
+            # 7.4). A run that has it may have been charged, or be charged when it gets it; an ingest knows of neither.
+            raise _NoLease(f"The job's lease is denied ({_reason_of(error)}), and its usage waits for it") from error
         except IdempotencyConflict as error:
             raise ConfigurationError(
                 "Another run of this job asked for its lease with another request and may have been charged; "
@@ -354,6 +364,14 @@ class Delivery:
 
 class _NoPrice(Exception):
     """An ingest would book a line as 0: it waits for the price."""
+
+
+class _NoLease(Exception):
+    """A job's usage waits until the gate gives it the lease that all runs of the job share."""
+
+
+def _reason_of(error: GateError) -> str:
+    return error.reason if isinstance(error, GateDenied) else error.message
 
 
 def _cannot_work(error: GateError) -> bool:

@@ -1,4 +1,25 @@
-"""What an operation is before it is admitted: its row, and the keys by which the gate will know it. Asks nobody."""
+"""What an operation is before it is admitted: its row, and the keys by which the gate will know it. Asks nobody.
+
+Keys of a job (design rule 17)
+------------------------------
+Every run of a job, on whatever host, arrives at the same keys for the same piece of work: they are made of realm,
+principal, user, the job's own key, the feature, the request, and how often that request was made in this run before.
+So all runs share one lease, and a lease carries one charge: that is what makes a job's work be charged once. A commit
+that comes second meets 409 or a closed lease, and the gate's own books tell which it was (`vluna_llm.books`).
+
+The number of the attempt is *not* part of the keys. A host can count only its own attempts, and a gate does not tell a
+run that its key was used before: a replayed authorize returns the old lease without a hint (gate contract 5). Suppose
+that host A's first attempt is cancelled, that host B runs the job as *its* first attempt, finds that lease cancelled
+and books by ingest, and that the queue then hands the job to A again, or to a new host: as attempt two on A it would
+get a lease of its own, which nothing connects with B's booking, and be charged a second time. Under shared keys A
+meets B's booking instead: one ingest key, one charge.
+
+Its price: an ingest moves no quota counter (gate contract 9.4), so the work of a job whose first run was cancelled
+does not count against quotas. It is charged in money all the same.
+
+For the same reason a run without a lease asks for the job's lease before it is settled, and waits for it where the gate
+denies it (`vluna_llm.delivery`): a booking by ingest beside a lease would not be seen by the run that gets the lease.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +77,9 @@ def prepare(
         digest = _digest(realm_id, background)
         operation_id = base = f"vluna-llm:background:{digest}"
     elif context.idempotency_key is not None:
-        nth = context.scopes[-1].occurrence(fingerprint) if context.scopes else 0
-        base = "vluna-llm:job:" + _digest(
-            realm_id, principal, user, context.idempotency_key, feature_code, fingerprint, str(nth)
-        )
+        work = (realm_id, principal, user, context.idempotency_key, feature_code, fingerprint)
+        nth = context.job.occurrence(_digest(*work)) if context.job is not None else 0
+        base = "vluna-llm:job:" + _digest(*work, str(nth))
     span = SpanRef.current()
     input_tokens, output_tokens = (estimate.input_tokens, estimate.output_tokens) if estimate else (quantity, 0)
     labels = dict(context.labels)

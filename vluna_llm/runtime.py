@@ -118,6 +118,7 @@ class Runtime:
             notes=notes,
             before_delivery=self._apply_lessons,
             tell_back=tell_back,
+            books_denied_jobs=settings.mode == "observe",
         )
         # Whether this thread is inside a critical section of this runtime.
         self.entered = any_held(self._guard, *self.ledger.locks, *self.settler.locks)

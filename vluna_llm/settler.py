@@ -48,6 +48,7 @@ class Settler:
         notes: queue.SimpleQueue[Callable[[], None]] | None = None,
         before_delivery: Callable[[], None] = lambda: None,
         retry_after: Callable[[int, float], float] = backoff,
+        books_denied_jobs: bool = False,
         tell_back: Callable[[], None] = lambda: None,
     ) -> None:
         self._tell_back = tell_back
@@ -55,7 +56,14 @@ class Settler:
         self._telemetry = telemetry
         self._before_delivery = before_delivery
         self.delivery = Delivery(
-            courier, prices, telemetry, meters=meters, names=names, retry_after=retry_after, heard=self._heard
+            courier,
+            prices,
+            telemetry,
+            meters=meters,
+            names=names,
+            retry_after=retry_after,
+            heard=self._heard,
+            books_denied_jobs=books_denied_jobs,
         )
         self._guard = threading.RLock()
         self._changed = threading.Condition(self._guard)  # work came, or the end

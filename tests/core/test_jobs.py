@@ -139,7 +139,7 @@ def test_three_runs_of_a_job_on_three_hosts_are_charged_once(tmp_path: Path) -> 
     """A seeded sample of all stories of three, and of four."""
     chance = random.Random(17)
     kinds = list(itertools.product(FATES, (True, False)))
-    for number in range(150):
+    for number in range(60):
         with Sandbox() as gate:
             story = [chance.choice(kinds) for _ in range(chance.choice((3, 3, 4)))]
             one_story(gate, tmp_path / str(number), story)
@@ -480,4 +480,4 @@ def test_a_job_killed_at_any_moment_of_its_delivery_is_charged_once(gate: Sandbo
         process(gate, tmp_path / "a", [(step, "killed while delivering")])
         assert process(gate, tmp_path / "b", [(step, "done")]) == 0
         assert process(gate, tmp_path / "a", [("last", "done")]) == 0
-    assert Counter(charged(gate)) == Counter([26, 26, *[27] * 6, 24])
+    assert Counter(charged(gate)) == Counter([26] * 3 + [27] * 5 + [24])

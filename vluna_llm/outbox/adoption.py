@@ -145,6 +145,7 @@ class Adopter:
                 staying, unread = staying + len(found) - len(batch.numbers), unread or batch.unread
                 if batch.numbers:
                     self._move_batch(path, db, batch)
+            self._journal.checkpoint()
             yield from batch.need_care
         with forks.inside():
             if staying:

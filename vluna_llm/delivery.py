@@ -297,12 +297,12 @@ class Delivery:
         attempts = row.attempts + 1
         delay = pause(verdict, attempts, random.random(), self._backoff)
         due = time.time() + delay
+        loud = verdict.outcome == "retry_slowly"
         store.apply(
             row.operation_id,
-            lambda now: now.evolve(next_attempt_at=due, attempts=attempts, last_error=verdict.detail),
+            lambda now: now.evolve(next_attempt_at=due, attempts=attempts, last_error=verdict.detail, held=loud),
         )
         hit("delivery.kept")
-        loud = verdict.outcome == "retry_slowly"
         if loud or attempts >= _LOUD_AFTER:
             self._telemetry.emit(
                 "vluna.settlement.retrying",

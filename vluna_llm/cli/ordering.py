@@ -8,6 +8,7 @@ environment; without them the order waits in the file. What is in the shared out
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections import defaultdict
@@ -29,7 +30,7 @@ from ..outbox.row import Row
 from ..outbox.waiting import waiting_as
 from ..process import Process
 from ..settings import Settings
-from ..telemetry import Telemetry
+from ..telemetry import Telemetry, log
 from ..usage.estimate import Estimator
 from ..usage.features import FeatureMap
 from .listing import CANNOT_READ, NOTHING_WAITS, SOMETHING_WAITS
@@ -149,11 +150,19 @@ def _adopt(heirs: ExitStack, directory: Path, entries: Sequence[Entry]) -> str |
 @contextmanager
 def _heir(settings: Settings) -> Iterator[None]:
     process = Process(settings, Telemetry(), Estimator(), FeatureMap.from_dict(settings.load_features()))
+    log.addFilter(_is_trouble)  # what becomes of each operation is shown in the end
     try:
         process.running()  # it takes over, carries out and delivers, as every process does
         yield
     finally:
         process.close(_CLOSE_WITHIN)
+        log.removeFilter(_is_trouble)
+
+
+def _is_trouble(record: logging.LogRecord) -> bool:
+    """Whether a log line is of an error of ours, or of a journal that cannot be used."""
+    event = record.args[0] if isinstance(record.args, tuple) and record.args else ""
+    return record.levelno >= logging.ERROR and (event == "vluna.internal_error" or not str(event).startswith("vluna."))
 
 
 class _Wait:

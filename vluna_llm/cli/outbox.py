@@ -85,7 +85,7 @@ Directory = Annotated[
 ]
 Ids = Annotated[
     list[str] | None,
-    typer.Argument(help="Operations, by id or by the beginning of it.", show_default=False, metavar="[ID]..."),
+    typer.Argument(help="Operations, by id or by the beginning of it.", show_default=False, metavar="ID"),
 ]
 States = Annotated[list[StateName] | None, typer.Option("--state", help="Only what waits as this; may be repeated.")]
 Principal = Annotated[str | None, typer.Option("--principal", help="Only of this customer.")]
@@ -157,7 +157,7 @@ def retry(
 @app.command()
 def repair(
     ids: Ids = None,
-    every: Annotated[bool, typer.Option("--all", help="All that is quarantined or dead.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All that is quarantined or dead, and held ingests.")] = False,
     feature: Annotated[str | None, typer.Option("--feature", help="Only of this feature code.")] = None,
     directory: Directory = None,
     state: States = None,
@@ -173,12 +173,12 @@ def repair(
     """
     wanted = _filter(state, principal, older_than, feature)
     _refuse_without_selection(ids, every, state, principal, older_than, feature)
-    _order("repair", directory, ids, wanted, timeout, as_json, only=frozenset({"quarantined", "dead"}))
+    _order("repair", directory, ids, wanted, timeout, as_json, only=frozenset({"held", "quarantined", "dead"}))
 
 
 @app.command()
 def drop(
-    ids: Annotated[list[str], typer.Argument(help="Operations, by id or by the beginning of it.", metavar="ID...")],
+    ids: Annotated[list[str], typer.Argument(help="Operations, by id or by the beginning of it.", metavar="ID")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     output: Annotated[
         Path | None,

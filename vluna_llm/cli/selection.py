@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
+from ..outbox.orders import owner_lives
 from ..outbox.reading import journals_below, read_journal
 from ..outbox.row import Row
 from ..outbox.waiting import Waiting, since, waiting_as
@@ -100,8 +101,14 @@ def look(directory: Path | None, environ: Mapping[str, str]) -> Snapshot:
         read = read_journal(path)
         if read.problem is not None and path.exists():
             problems.append(Problem(str(path), read.problem))
+        ended = None
         for row in read.rows:
-            in_flight += _in_flight(row)
+            if _in_flight(row):
+                ended = not owner_lives(path) if ended is None else ended
+                if not ended:
+                    in_flight += 1
+                    continue
+                row = row.with_state(row.state.owner_died())  # as whoever takes it over will write it
             # A row that is being taken over is in two files for a moment, and delivered from one of them.
             if waiting_as(row) is not None and (row.arrived_from is None or row.operation_id not in found):
                 found[row.operation_id] = Entry(row, path, str(path))

@@ -87,9 +87,15 @@ def find(paths: Iterable[Path], operation_ids: Sequence[str]) -> dict[str, Row]:
 
 
 def owner_lives(path: Path) -> bool:
-    """Whether the process that owns this journal is alive."""
-    lock = FileLock(path.with_suffix(".lock"))
-    if not lock.acquire():
+    """Whether the process that owns this journal is alive; taken for alive where that cannot be found out."""
+    place = path.with_suffix(".lock")
+    if not place.exists():
+        return False
+    lock = FileLock(place)
+    try:
+        if not lock.acquire():
+            return True
+    except OSError:
         return True
     lock.release(remove=not path.exists())
     return False
@@ -114,6 +120,8 @@ def ordered(row: Row, what: What) -> Row:
         if state.settlement not in ("pending", "sent", "refused"):
             return row
         return row.evolve(state=state.retry(), attempts=0, next_attempt_at=0.0)
+    if state.settlement in ("pending", "sent") and state.route == "ingest":
+        return row.evolve(attempts=0, next_attempt_at=0.0)  # its repair waits for a price, say
     repaired = state.repair(look_first=not tells_uncharged(row))
     if repaired is state:
         return row

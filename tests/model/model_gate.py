@@ -43,7 +43,9 @@ Fate = Literal[
 * ``too_many``, ``key_refused``, ``realm_unknown``, ``misconfigured``: refused, nothing was worked on.
 """
 
-NO_ANSWER: frozenset[Fate] = frozenset({"refused_connection", "request_lost", "answer_lost", "late", "twice_answer_lost"})
+NO_ANSWER: frozenset[Fate] = frozenset(
+    {"refused_connection", "request_lost", "answer_lost", "late", "twice_answer_lost"}
+)
 ALL_FATES: tuple[Fate, ...] = Fate.__args__  # type: ignore[attr-defined]
 
 _ERROR_500 = b'{"ok":false,"code":"SERVER.UNEXPECTED","message":"Unexpected server error. Please try again later."}'
@@ -53,7 +55,10 @@ _CANNED: dict[Fate, tuple[int, bytes]] = {
     "bad_gateway": (502, b"<html>bad gateway</html>"),
     "garbage_before": (200, b"<html>welcome</html>"),
     "garbage_after": (200, b"<html>welcome</html>"),
-    "too_many": (429, b'{"ok":false,"code":"LIMIT.RATE_EXCEEDED","message":"rate limit exceeded","meta":{"status":429}}'),
+    "too_many": (
+        429,
+        b'{"ok":false,"code":"LIMIT.RATE_EXCEEDED","message":"rate limit exceeded","meta":{"status":429}}',
+    ),
     "key_refused": (
         401,
         b'{"ok":false,"code":"AUTH.INVALID_SERVICE_SIGNATURE","message":"Signature mismatch","meta":{"status":401}}',

@@ -344,7 +344,11 @@ class SimProcess:
         if self.dead:
             return
         self.dead, self.died_at = True, where
-        vluna_llm.process._running.discard(self.vluna._process)
+        process = self.vluna._process
+        # Nothing of it is done at the exit of the process that runs the tests.
+        vluna_llm.process._made.discard(process)
+        vluna_llm.process._alive.discard(process._life)
+        process._finalizer.detach()
         for connection in self.connections:
             with contextlib.suppress(sqlite3.Error):
                 sqlite3.Connection.rollback(connection)

@@ -11,7 +11,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from vluna_llm import TokenUsage, call_context
 from vluna_llm.ending import Ending
 from vluna_llm.errors import VlunaError
 from vluna_llm.lifecycle import ModelCall, Operation
-from vluna_llm.outbox import Row
+from vluna_llm.outbox import Row, orders
 from vluna_llm.outbox.reading import journals_below, read_journal
 from vluna_llm.preparation import context_of
 
@@ -103,6 +103,7 @@ class World:
         self.bodies: defaultdict[tuple[str, str], set[bytes]] = defaultdict(set)
         self.responses = 0
         self.broken: list[str] = []
+        self._ordered: Counter[str] = Counter()
         self._checked = 0
         self._charged: dict[str, int] = {}
         self._undo = contextlib.ExitStack()
@@ -244,9 +245,10 @@ class World:
         assert operation is not None
         self.responses += 1
         response = f"resp_{self.responses}"
+        self.truths[call.group].cancelled = call.ended = True  # nothing more is known of it from here on
         alive, _ = call.process.act(lambda: operation.park(response), crash_at)
         if alive and not call.process.dead:
-            call.parked, call.ended = response, True
+            call.parked = response
         self._look(call.process)
 
     def retrieve(self, process: SimProcess, call: Call, crash_at: int | None = None) -> None:
@@ -344,15 +346,43 @@ class World:
             heir.act(heir.chores)
             self.check()
             rows = self.rows()
-            if not [row for row in rows if row.state.settlement in ("pending", "sent")] and len(self.files()) == 1:
-                if not heir.act(lambda: self.repair(heir, rows))[1]:
-                    return heir
+            moving = [row for row in rows if row.state.settlement in ("pending", "sent") or row.arrived_from]
+            if not moving and len(self.files()) == 1 and not self._order_all():
+                return heir
             self.pass_time(LONGEST)
-        raise AssertionError(f"not drained: {[(r.operation_id, r.state.settlement, r.last_error) for r in self.rows()]}")
+        left = [
+            (
+                row.operation_id,
+                row.state,
+                row.last_error,
+                row.arrived_from,
+                row.held,
+                row.next_attempt_at - self.clock.wall,
+            )
+            for row in self.rows()
+            if row.state.settlement not in ("lost", "booked", "rebooked", "lapsed")
+        ]
+        heard = heir.vluna.telemetry.counts
+        raise AssertionError(f"not drained: {left} in {self.files()}; the last process told {dict(heard)}")
 
-    def repair(self, heir: SimProcess, rows: list[Row]) -> bool:
-        """What an operator does about the rows that wait for him; True where there was something to do."""
-        return False
+    def order(self, row: Row, what: orders.What) -> None:
+        """An operator's order, put into whatever journal holds the operation at present."""
+        for path in self.files():
+            if any(found.operation_id == row.operation_id for found in read_journal(path).rows):
+                orders.place(path, [(row.operation_id, what)])
+                return
+
+    def _order_all(self) -> bool:
+        """What an operator does when all is mended: retry what was refused, then repair what is still not charged."""
+        waiting = [row for row in self.rows() if row.state.settlement in ("refused", "quarantined")]
+        ordered = False
+        for row in waiting:
+            tried = self._ordered[row.operation_id]
+            if tried < 2:
+                self._ordered[row.operation_id] += 1
+                self.order(row, "retry" if row.state.settlement == "refused" and not tried else "repair")
+                ordered = True
+        return ordered
 
     def pass_time(self, seconds: float) -> None:
         """Time passes for everybody alike."""
@@ -368,7 +398,8 @@ class World:
         found = []
         for path in self.files():
             journal = read_journal(path)
-            assert journal.problem is None, journal.problem
+            # A process may have died while it made its file.
+            assert journal.problem is None or "no such table" in journal.problem, journal.problem
             found += journal.rows
         return found
 
@@ -377,26 +408,36 @@ class World:
         charged, rows = self.charged(), self.rows()
         held = defaultdict(list)
         for row in rows:
-            held[row.settle_key].append(row)
+            background = ":background:" in row.settle_key
+            held[f"background {row.response_id}" if background else row.settle_key].append(row)
         for group, truth in self.truths.items():
             tokens = charged.get(group, 0)
             allowed = truth.allowed_at_last()
             if tokens in allowed:
                 continue
-            mine = held[group]
-            told = [row for row in mine if row.state.settlement in ("quarantined", "refused")]
-            assert tokens == 0 and told, (
-                f"{group}: {tokens} tokens are charged, should be {sorted(allowed)}; "
-                f"{[(row.state, row.last_error) for row in mine]}"
-            )
+            found = [(row.state, row.last_error) for row in held[group]]
+            raise AssertionError(f"{group}: {tokens} tokens are charged, should be {sorted(allowed)}; {found}")
         unknown = set(charged) - set(self.truths)
         assert not unknown, f"charged, and nobody knows why: {unknown}"
         listed = {row.operation_id for row in rows if row.state.settlement == "lost"}
         for call in self.calls:
             if call.operation is None or call.ended or call.known is not None or call.parked is not None:
                 continue
-            if not charged.get(call.group):
+            if not charged.get(call.group) and not self.truths[call.group].cancelled:
                 assert call.operation.operation_id in listed, f"{call.operation.operation_id} died and is not listed"
+
+    def tell(self, ends: Counter[str]) -> None:
+        """What this history came to, for the summary."""
+        ends["bookings charged"] += sum(1 for tokens in self.charged().values() if tokens)
+        ends["requests"] += self.network.requests
+        ends["boundaries"] += self.kernel.boundaries
+        for rating in self.gate.sandbox._store.ratings.rows.values():
+            ends[f"{rating.kind} {'applied' if rating.applied else 'quarantined'}"] += 1
+        for row in self.rows():
+            ends[f"row {row.state.settlement}"] += 1
+        for process in self.processes:
+            if process.died_at not in (None, "killed"):
+                ends[f"died {process.died_at}"] += 1
 
 
 def usage_of(tokens: int) -> TokenUsage:
@@ -418,7 +459,11 @@ def dump(world: World) -> str:
     lines = [f"{sent.process} {sent.route} {sent.key[-60:]} {sent.fate}" for sent in world.network.log]
     for row in world.rows():
         state = row.state
-        lines.append(f"{row.operation_id} {state.admission} {state.work} {state.settlement} {state.route} {row.last_error}")
+        lines.append(
+            f"{row.operation_id} {state.admission} {state.work} {state.settlement} {state.route} {row.last_error}"
+        )
     for rating in world.gate.sandbox._store.ratings.rows.values():
-        lines.append(f"{rating.kind} {rating.idempotency_key} {rating.quantity} applied={rating.applied} {json.dumps(rating.labels)}")
+        lines.append(
+            f"{rating.kind} {rating.idempotency_key} {rating.quantity} applied={rating.applied} {json.dumps(rating.labels)}"
+        )
     return "\n".join(lines)

@@ -25,6 +25,8 @@ from vluna_llm.ending import Ending
 
 STEPS: Counter[str] = Counter()
 """Rules that were really run, by name."""
+ENDS: Counter[str] = Counter()
+"""What the histories came to: bookings, crashes, states of rows."""
 
 some = st.integers(min_value=0, max_value=40)
 tokens = st.integers(min_value=0, max_value=60).map(lambda n: n * 7)
@@ -36,6 +38,7 @@ fates = st.sampled_from(ALL_FATES)
 outages: st.SearchStrategy[Fate | None] = st.sampled_from(
     (None, None, "refused_connection", "request_lost", "answer_lost", "key_refused", "error_after", "bad_gateway")
 )
+mostly = st.sampled_from((True, True, False))
 METERS = tuple(feature + part for feature in FEATURES for part in ("", ".tokens.input", ".tokens.output"))
 
 
@@ -75,39 +78,26 @@ class Books(RuleBasedStateMachine):
 
     # -- processes -------------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.world.alive()) < 4)
-    @rule()
-    def start(self) -> None:
-        self.count("start")
-        self.world.start(**self.options)
-
-    @precondition(some_process)
-    @rule(which=some)
-    def kill(self, which: int) -> None:
-        self.count("kill")
-        self.world.kill(self.process(which))
-
-    @precondition(some_process)
-    @rule(which=some, at=crash)
-    def close(self, which: int, at: int | None) -> None:
-        """It gives its journal up, and goes on afterwards."""
-        self.count("close")
-        process = self.process(which)
-        process.act(lambda: process.vluna.close(5), at)
-
-    @precondition(some_process)
-    @rule(which=some)
-    def stop(self, which: int) -> None:
-        """SIGSTOP, or a machine that is suspended."""
-        self.count("stop")
-        self.process(which).asleep = True
-
-    @precondition(lambda self: any(process.asleep for process in self.world.processes))
-    @rule()
-    def wake(self) -> None:
-        self.count("wake")
-        for process in self.world.processes:
-            process.asleep = False
+    @rule(what=st.sampled_from(("start", "kill", "close", "stop", "wake", "start")), which=some, at=crash)
+    def life(self, what: str, which: int, at: int | None) -> None:
+        """A process starts, is killed, gives its journal up and goes on, is stopped (a suspended machine), or woken."""
+        self.count(f"life {what}")
+        alive = self.world.alive()
+        if what == "start" and len(alive) < 4:
+            self.world.start(**self.options)
+        elif what == "wake" or not alive:
+            for process in self.world.processes:
+                process.asleep = False
+            if not self.world.alive():
+                self.world.start(**self.options)
+        elif what == "kill":
+            self.world.kill(self.process(which))
+        elif what == "close":
+            process = self.process(which)
+            process.act(lambda: process.vluna.close(5), at)
+            self.world._look(process)
+        elif what == "stop":
+            self.process(which).asleep = True
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
@@ -123,8 +113,17 @@ class Books(RuleBasedStateMachine):
         self.count("begin_async")
         self.world.begin_async(self.process(which), principal, model, used or 7 if job else used, job=job, crash_at=at)
 
-    begin_again = begin
-    begin_async_again = begin_async
+    @precondition(some_process)
+    @rule(which=some, principal=principals, model=models, used=tokens, job=jobs, at=crash)
+    def call(self, which: int, principal: str, model: str, used: int, job: str | None, at: int | None) -> None:
+        """A call from its beginning to its end."""
+        self.count("call")
+        process = self.process(which)
+        call = self.world.begin(process, principal, model, used or 7, job=job, crash_at=None)
+        if call.operation is not None:
+            self.world.end(call, complete(call.tokens), call.tokens, at)
+
+    call_again = call
 
     @precondition(asking)
     @rule(which=some, at=crash, cancel=st.sampled_from((False, False, False, True)))
@@ -160,10 +159,10 @@ class Books(RuleBasedStateMachine):
     def give_up(self, which: int, how: Any, at: int | None) -> None:
         self.count("give_up")
         call = self.of(which, self.running())
-        if call.parked is not None:
+        if call.parked is not None or call.ended:
             return
         expected = None
-        if self.options["on_abort"] == "estimate" and how != "error" and not call.ended:
+        if self.options["on_abort"] == "estimate" and how != "error":
             expected = call.operation._row.estimated_input + 3  # type: ignore[union-attr]
         if expected is None or call.known is None:
             self.world.end(call, Ending(how, output_tokens=3), expected, at)
@@ -192,12 +191,19 @@ class Books(RuleBasedStateMachine):
         self.count("deliver")
         process = self.process(which)
         process.act(lambda: process.deliver(how_many), at)
+        self.world._look(process)
 
     deliver_again = deliver
     deliver_once_more = deliver
 
     @precondition(some_process)
-    @rule(which=some, other=some, late=some, before=st.booleans(), what=st.sampled_from(("usage", "deliver", "adopt", "kill", "close", "gate")))
+    @rule(
+        which=some,
+        other=some,
+        late=some,
+        before=st.booleans(),
+        what=st.sampled_from(("usage", "deliver", "adopt", "kill", "close", "gate")),
+    )
     def deliver_and_meanwhile(self, which: int, other: int, late: int, before: bool, what: str) -> None:
         """Something else happens while a request, or its answer, is on the way."""
         self.count("deliver_and_meanwhile")
@@ -226,41 +232,42 @@ class Books(RuleBasedStateMachine):
         for one in (process, beside):
             self.world._look(one)
 
-    @precondition(some_process)
-    @rule(which=some, at=crash)
-    def adopt(self, which: int, at: int | None) -> None:
-        self.count("adopt")
-        process = self.process(which)
-        process.act(process.adopt, at)
-        self.world._look(process)
+    deliver_and_meanwhile_again = deliver_and_meanwhile
 
     @precondition(some_process)
-    @rule(which=some, at=crash)
-    def chores(self, which: int, at: int | None) -> None:
-        self.count("chores")
+    @rule(which=some, what=st.sampled_from(("adopt", "chores")), at=crash)
+    def keep_house(self, which: int, what: str, at: int | None) -> None:
+        """Its keeper looks for journals of dead processes, or does whatever has come round."""
+        self.count(what)
         process = self.process(which)
-        process.act(process.chores, at)
+        process.act(process.adopt if what == "adopt" else process.chores, at)
         self.world._look(process)
+
+    @precondition(lambda self: self.world.calls)
+    @rule(which=some, what=st.sampled_from(("retry", "repair")))
+    def operator(self, which: int, what: Any) -> None:
+        """Somebody orders something about an operation, whether it makes sense or not."""
+        self.count("operator")
+        rows = [row for row in self.world.rows() if row.state.settlement not in ("booked", "lapsed", "none")]
+        if rows:
+            self.world.order(rows[which % len(rows)], what)
 
     # -- the network, the gate, time -------------------------------------------------------------------------------
 
-    @rule(which=st.lists(fates, min_size=1, max_size=4))
-    def bad_network(self, which: list[Fate]) -> None:
-        self.count("bad_network")
-        self.world.network.fates.extend(which)
-
     @rule(
         what=st.one_of(
+            st.tuples(st.just("fates"), st.lists(fates, min_size=1, max_size=4)),
+            st.tuples(st.just("fates"), st.lists(fates, min_size=1, max_size=4)),
             st.tuples(st.just("outage"), outages),
             st.tuples(st.just("late"), some),
             st.tuples(st.just("restart"), some),
             st.tuples(st.just("pass"), st.sampled_from((0.3, 2.0, 20.0, 400.0, 4_000.0, 46_000.0))),
             st.tuples(st.just("jump"), st.sampled_from((-30, -2, 2, 30))),
             st.tuples(st.just("jump of the gate"), st.sampled_from((2, 30))),
-            st.tuples(st.just("price"), st.tuples(st.sampled_from(METERS), st.booleans())),
-            st.tuples(st.just("feature"), st.tuples(st.sampled_from(FEATURES), st.booleans())),
-            st.tuples(st.just("user"), st.tuples(principals, st.booleans())),
-            st.tuples(st.just("credit"), st.tuples(principals, st.booleans())),
+            st.tuples(st.just("price"), st.tuples(st.sampled_from(METERS), mostly)),
+            st.tuples(st.just("feature"), st.tuples(st.sampled_from(FEATURES), mostly)),
+            st.tuples(st.just("user"), st.tuples(principals, mostly)),
+            st.tuples(st.just("credit"), st.tuples(principals, mostly)),
         )
     )
     def weather(self, what: tuple[str, Any]) -> None:
@@ -268,7 +275,9 @@ class Books(RuleBasedStateMachine):
         kind, value = what
         self.count(f"weather {kind}")
         world, gate = self.world, self.world.gate.sandbox
-        if kind == "outage":
+        if kind == "fates":
+            world.network.fates.extend(value)
+        elif kind == "outage":
             world.network.outage = value
         elif kind == "late":
             world.network.deliver_late(value)
@@ -302,6 +311,7 @@ class Books(RuleBasedStateMachine):
             if self.world.processes:
                 self.world.drain()
                 self.world.balance()
+                self.world.tell(ENDS)
         except BaseException:
             if os.environ.get("MODEL_DUMP"):
                 print(dump(self.world))
@@ -313,6 +323,7 @@ class Books(RuleBasedStateMachine):
 def run(examples: int, steps: int, *, derandomize: bool) -> int:
     """Run the machine; how many rules were run."""
     STEPS.clear()
+    ENDS.clear()
     logging.getLogger("vluna_llm").setLevel(logging.CRITICAL)
     try:
         run_state_machine_as_test(

@@ -103,22 +103,26 @@ class Journal:
         self._written = self._synced = 0
         self._directory_synced = self._sync_failed = False
         try:
-            if directory is None:
-                self._db = schema.connect(":memory:", _PATIENCE)
-            else:
-                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self.path = directory / f"journal-{os.getpid()}-{uuid.uuid4().hex[:12]}.sqlite3"
-                self._lock = FileLock(self.path.with_suffix(".lock"))
-                if not self._lock.acquire():  # pragma: no cover - the name is new
-                    raise OutboxUnavailable(f"{self.path} is locked")
-                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-                self._db = schema.connect(str(self.path), _PATIENCE)
-                self._adopter = Adopter(self, self.path)
-            schema.migrate(self._db)
-            forks.watch(self)
+            with forks.inside():
+                self._open(directory)
+                forks.watch(self)
         except (OSError, sqlite3.Error) as error:
             self._release()
             raise OutboxUnavailable(f"cannot open the outbox in {directory}: {error}") from error
+
+    def _open(self, directory: Path | None) -> None:
+        if directory is None:
+            self._db = schema.connect(":memory:", _PATIENCE)
+        else:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path = directory / f"journal-{os.getpid()}-{uuid.uuid4().hex[:12]}.sqlite3"
+            self._lock = FileLock(self.path.with_suffix(".lock"))
+            if not self._lock.acquire():  # pragma: no cover - the name is new
+                raise OutboxUnavailable(f"{self.path} is locked")
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._db = schema.connect(str(self.path), _PATIENCE)
+            self._adopter = Adopter(self, self.path)
+        schema.migrate(self._db)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

@@ -87,6 +87,10 @@ class Backlog:
         """Whether this settlement is here."""
         return operation_id in self._known
 
+    def delivers(self, operation_id: str) -> bool:
+        """Whether this settlement is being delivered at this moment."""
+        return operation_id in self._busy.values()
+
     def room_of_a_lane(self) -> int:
         """How many settlements of one lane may wait here."""
         return max(LEAST_OF_A_LANE, self._window // (2 * max(1, len(self._lanes))))

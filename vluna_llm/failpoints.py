@@ -30,6 +30,10 @@ NAMES: Mapping[str, str] = {
     "adoption.emptied": "a dead process's journal has no row left, and is still there",
     "adoption.removed": "a dead process's journal is gone; its lock's file is still there",
     "orders.carried_out": "rows are as an operator ordered; the orders are still there",
+    "sharing.marked": "the rows say that they are being copied to the shared outbox; PostgreSQL does not have them",
+    "sharing.offered": "PostgreSQL has the rows; they still say that they are being copied",
+    "sharing.shared": "the rows say that PostgreSQL has them; nobody has claimed them",
+    "sharing.settled": "the row holds the receipt of a delivery under a claim; nobody was told",
 }
 """Each moment, and what is on disk then."""
 

@@ -31,6 +31,7 @@ from .reentry import any_held
 from .settings import Settings
 from .settlement import authorize_arguments
 from .settler import Settler
+from .sharing import Sharing, open_shared
 from .telemetry import Telemetry, log
 from .types import Lease
 from .usage.estimate import Estimate, Estimator
@@ -119,6 +120,7 @@ class Runtime:
             before_delivery=self._apply_lessons,
             tell_back=tell_back,
             books_denied_jobs=settings.mode == "observe",
+            sharing=self._shared_stage(),
         )
         # Whether this thread is inside a critical section of this runtime.
         self.entered = any_held(self._guard, *self.ledger.locks, *self.settler.locks)
@@ -132,6 +134,14 @@ class Runtime:
         self.settler.keeper.every(_ORDERS_EVERY, "orders", self._carry_out_orders)
         self._unwatch = telemetry.gauges.watch(lambda: depths(journal.totals()))
         self.settler.start()
+
+    def _shared_stage(self) -> Sharing | None:
+        url = self.settings.outbox_shared
+        if url is None:
+            return None
+        base_url, realm_id, _, _ = self.settings.require_credentials()
+        shared = open_shared(url.get_secret_value(), base_url, realm_id)
+        return Sharing(shared, self.ledger, self.telemetry, margin=SETTLE_TIMEOUT + 1.0)
 
     def _adopt(self, paths: Sequence[Path] | None = None) -> None:
         """Take over what dead processes left behind in the same directory, for the same gate and realm."""

@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -46,7 +47,7 @@ class Settings(BaseSettings):
         key_secret: the service key's secret, base64 (``VLUNA_SERVICE_KEY_SECRET``).
         mode: ``enforce`` refuses what the gate refuses, ``observe`` asks and books but never refuses, ``off`` is off.
         outbox: a directory for the journal, or ``memory``; default: the user's state directory, by gate and realm.
-        outbox_shared: a ``postgresql://`` URL of a second, shared stage; not supported by this version.
+        outbox_shared: a ``postgresql://`` URL: settlements are kept there as well, and any host delivers them.
         settle: ``background``, or ``inline`` to wait for the receipt before the answer is handed over.
         authorize: ``strict`` asks the gate first, ``overlap`` starts the model call meanwhile.
         authorize_deadline: seconds for an authorize with all its retries.
@@ -100,6 +101,16 @@ class Settings(BaseSettings):
             super().__init__(**{name: value for name, value in values.items() if value is not None})
         except ValidationError as error:
             raise ConfigurationError(_one_sentence(error)) from None
+
+    @field_validator("outbox_shared")
+    @classmethod
+    def _check_shared(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not _is_postgres(value.get_secret_value()):
+            raise ValueError(
+                "VLUNA_LLM_OUTBOX_SHARED must be a URL such as postgresql://user:password@host:5432/database, "
+                "with special characters percent-encoded."
+            )
+        return value
 
     @field_validator("principal", "user")
     @classmethod
@@ -157,6 +168,14 @@ class Settings(BaseSettings):
         if not isinstance(parsed, dict):
             raise ConfigurationError(f"VLUNA_LLM_FEATURES: {self.features} must hold an object at its top.")
         return parsed
+
+
+def _is_postgres(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("postgresql", "postgres") and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 def journal_root() -> Path:

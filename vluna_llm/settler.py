@@ -11,16 +11,17 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .backlog import Backlog, Lane
-from .delivery import Courier, Delivery, Store
+from .delivery import Courier, Delivery, Elsewhere
 from .keeper import Keeper, started
 from .ledger import Ledger, LedgerClosed
 from .outbox import DueRows, Row
 from .policy import Breaker
 from .pricing import PriceBook
 from .settlement import LONGEST_WAIT, backoff
+from .sharing import Sharing
 from .telemetry import Telemetry
 from .usage.features import MeterNames
 from .usage.meters import MetersMode
@@ -50,8 +51,10 @@ class Settler:
         retry_after: Callable[[int, float], float] = backoff,
         books_denied_jobs: bool = False,
         tell_back: Callable[[], None] = lambda: None,
+        sharing: Sharing | None = None,
     ) -> None:
         self._tell_back = tell_back
+        self._sharing = sharing
         self._ledger = ledger
         self._telemetry = telemetry
         self._before_delivery = before_delivery
@@ -87,14 +90,23 @@ class Settler:
     def start(self) -> None:
         """Start the thread that takes the notes of finalizers. Called before the first operation."""
         self.keeper.start()
+        if self._sharing is not None:
+            self._sharing.start(self)
 
     @property
     def locks(self) -> tuple[object, ...]:
         """The locks of the settler's own critical sections (`vluna_llm.reentry`)."""
-        return self._guard, self.keeper.lock
+        return self._guard, self.keeper.lock, *(self._sharing.locks if self._sharing else ())
 
     def enqueue(self, row: Row, *, due: float = 0.0) -> None:
         """Deliver this row's settlement, not before ``due`` (seconds since the epoch)."""
+        if self._sharing is not None and self._sharing.take(row):
+            self.arrived += 1
+            self._telemetry.gauges.arrived()
+            return
+        self._deliver_here(row, due)
+
+    def _deliver_here(self, row: Row, due: float) -> None:
         # The clock may have jumped since ``due`` was stored; to look early costs one request.
         delay = min(max(0.0, due - time.time()), LONGEST_WAIT) if due else 0.0
         with self._changed:
@@ -125,6 +137,8 @@ class Settler:
         """How many settlements this process still has to deliver, those that wait for another attempt included."""
         with self._changed:
             here, more = len(self._backlog), self._backlog.more
+        if self._sharing is not None:
+            here += self._sharing.outstanding
         if more:
             counts = self._ledger.journal.counts()
             return max(here, counts.get("pending", 0) + counts.get("sent", 0))
@@ -136,19 +150,28 @@ class Settler:
         if not self.keeper.flush(timeout):
             return False
         with self._changed:
-            while (len(self._backlog) or self._backlog.more) and not self._stopping:
+            while self._something_left() and not self._stopping:
                 self._staff()
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and (left <= 0 or self._nothing_within(left)):
                     return False
                 self._drained.wait(left)
-            return not len(self._backlog) and not self._backlog.more
+            return not self._something_left()
+
+    def _something_left(self) -> bool:
+        here = len(self._backlog) or self._backlog.more
+        return bool(here or (self._sharing is not None and self._sharing.outstanding))
 
     def _nothing_within(self, seconds: float) -> bool:
         """Whether all that is left waits for a later attempt, so that waiting for it is in vain."""
         if self._backlog.delivering:
             return False
         now = time.monotonic()
+        if self._sharing is not None and self._sharing.outstanding:
+            if not self._sharing.in_vain(seconds, self._breaker.wait(now)):
+                return False
+            if not len(self._backlog) and not self._backlog.more:
+                return True
         if self._backlog.in_line:
             return self._breaker.wait(now) > seconds
         due = self._backlog.next_due()
@@ -166,6 +189,8 @@ class Settler:
         for thread in (*threads, *([keeper] if keeper else [])):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
+        if self._sharing is not None:
+            self._sharing.stop(max(0.2, deadline - time.monotonic()))
 
     # -- the workers -----------------------------------------------------------------------------------------------
 
@@ -174,30 +199,35 @@ class Settler:
             lane, operation_id = found
             self._this_thread.works = None
             delay: float | None = None
+            claimed = self._sharing.store_of(operation_id, lane) if self._sharing is not None else None
             try:
                 self._before_delivery()
-                delay = self.delivery.deliver(operation_id, self._store_of(operation_id))
+                delay = self.delivery.deliver(operation_id, claimed or self._ledger)
+            except Elsewhere:
+                pass
             except LedgerClosed:
                 delay = LONGEST_WAIT  # the journal was given up meanwhile: the next runtime delivers it
             except Exception:
                 self._telemetry.internal_error("settler.deliver")
                 delay = _AFTER_AN_ERROR
+                if claimed is not None:
+                    claimed.postpone(delay)
             works: bool | None = self._this_thread.works
             with self._changed:
                 now = time.monotonic()
                 if works is None:
                     self._breaker.unused(now)
+                here = delay if claimed is None else None  # a claimed row waits in PostgreSQL
                 gone = self._backlog.done(
-                    lane, operation_id, now, delay, must=not self._ledger.is_stored(operation_id), away=works is False
+                    lane, operation_id, now, here, must=not self._ledger.is_stored(operation_id), away=works is False
                 )
                 self.delivered += gone and delay is None
                 if gone or delay is not None:
                     self._drained.notify_all()  # who waits sees that it is done, or that waiting is in vain
+            if claimed is not None and self._sharing is not None:
+                self._sharing.attempted(operation_id, lane, delay)
             with contextlib.suppress(Exception):
                 self._ledger.journal.checkpoint()
-
-    def _store_of(self, operation_id: str) -> Store:
-        return self._ledger
 
     def _next(self) -> tuple[Lane, str] | None:
         with self._changed:
@@ -267,6 +297,45 @@ class Settler:
                 self._changed.notify_all()  # those that wait for the next probe need not, or have to anew
         if works and was_open:
             self._tell_back()
+
+    # -- for the shared outbox (`vluna_llm.sharing.Workers`) ---------------------------------------------------------
+
+    def feed(self, rows: Sequence[Row]) -> None:
+        """Deliver these rows, which are claimed."""
+        with self._changed:
+            for row in rows:
+                self._backlog.offer(row.operation_id, row.lane, time.monotonic(), must=True)
+            self._changed.notify(len(rows))
+            for _ in rows[:MAX_WORKERS]:
+                self._staff()
+
+    def deliver_here(self, rows: Sequence[Row]) -> None:
+        """Deliver these rows of the journal from here."""
+        for row in rows:
+            self._deliver_here(row, row.next_attempt_at)
+
+    def read_again(self) -> None:
+        """The journal holds rows that are to be delivered from here and are not in memory."""
+        with self._changed:
+            self._backlog.more = True
+            self._changed.notify()
+            self._staff()
+
+    def delivering(self, operation_id: str) -> bool:
+        """Whether this row is being delivered at this moment."""
+        with self._changed:
+            return self._backlog.delivers(operation_id)
+
+    def gate_away_for(self) -> float | None:
+        """None where the gate answers; else the seconds until one settlement may find out whether it is back."""
+        with self._changed:
+            now = time.monotonic()
+            return None if self._breaker.state(now) == "closed" else self._breaker.wait(now)
+
+    def settled_elsewhere(self) -> None:
+        """A row of this process was settled, by whoever had the claim."""
+        with self._changed:
+            self._drained.notify_all()
 
     # -- chores ----------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,9 @@ event name                           severity  when
 ``vluna.settlement.refused``         ERROR     the gate will not take a settlement; an operator has to look
 ``vluna.settlement.retrying``        WARN      a settlement is kept and tried again; ERROR where somebody has to act
 ``vluna.settlement.ordered``         WARN      an operator ordered a retry, repair or drop; INFO where it meant nothing
+``vluna.outbox.shared_away``         ERROR     PostgreSQL cannot be used; settlements are delivered from their hosts
+``vluna.outbox.shared_back``         INFO      PostgreSQL answers again
+``vluna.outbox.claim_lost``          WARN      this host was away for longer than its claim: another one delivers
 ``vluna.endpoint.unmetered``         WARN      a call that costs money went through unbilled; ERROR where it was meant
                                                to be billed
 ``vluna.internal_error``             ERROR     an error of this package; the product's call went on

@@ -23,6 +23,7 @@ from .process import EXIT_SECONDS, Process
 from .runtime import Runtime
 from .settings import Mode, Settings
 from .settlement import authorize_arguments
+from .sharing import load_driver
 from .telemetry import Telemetry, log
 from .types import Lease
 from .usage.estimate import Estimate, Estimator
@@ -58,10 +59,7 @@ class Vluna:
         self._process = Process(self.settings, self.telemetry, self._estimator, self._features)
         self._process.tell_back = self._admissions.gate_is_back
         if self.settings.outbox_shared is not None:
-            raise ConfigurationError(
-                "VLUNA_LLM_OUTBOX_SHARED is not supported by this version; unset it, and keep VLUNA_LLM_OUTBOX on a "
-                "disk that outlives the process."
-            )
+            load_driver()
         if self._mode != "off":
             self._process.credentials()
 

@@ -82,7 +82,12 @@ def test_off_needs_no_gate() -> None:
         ({"key_secret": "AAEC"}, "VLUNA_SERVICE_KEY_SECRET decodes to 3 bytes"),
         ({"base_url": "gate.example.com"}, "VLUNA_SERVICE_BASE_URL needs a scheme"),
         ({"base_url": "http://gate.example.com/mgt/v1"}, "plain http"),
-        ({"outbox_shared": "postgresql://db/x"}, "VLUNA_LLM_OUTBOX_SHARED is not supported"),
+        (
+            {"outbox_shared": "mysql://user:not base64!@db/x"},
+            "VLUNA_LLM_OUTBOX_SHARED must be a URL such as postgresql:",
+        ),
+        ({"outbox_shared": "postgresql://user:not base64!@db:port/x"}, "VLUNA_LLM_OUTBOX_SHARED must be a URL"),
+        ({"outbox_shared": ""}, "VLUNA_LLM_OUTBOX_SHARED must be a URL"),
         ({"features": "/nowhere/f.toml"}, "VLUNA_LLM_FEATURES: cannot read"),
     ],
 )

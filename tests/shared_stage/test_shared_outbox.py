@@ -152,8 +152,10 @@ def test_the_longest_waiting_lanes_come_first_and_rows_oldest_first(outbox: Shar
     first = outbox.claim("me", 2, TTL)
     assert {claim.principal_id for claim in first} == {"customer-0", "customer-1"}
     (zero,) = (claim for claim in first if claim.principal_id == "customer-0")
-    assert [one.operation_id for one in outbox.rows_of(zero, 9)] == ["op-0", "op-3"]
-    assert [one.operation_id for one in outbox.rows_of(zero, 1)] == ["op-0"]
+    assert [one.operation_id for one in outbox.rows_of([zero], 9)] == ["op-0", "op-3"]
+    assert [one.operation_id for one in outbox.rows_of([zero], 1)] == ["op-0"]
+    assert [one.operation_id for one in outbox.rows_of(first, 1)] == ["op-0", "op-1"]
+    assert [one.operation_id for one in outbox.rows_of(first, 9)] == ["op-0", "op-1", "op-3", "op-4"]
     assert [claim.principal_id for claim in outbox.claim("you", 9, TTL)] == ["customer-2"]
     assert outbox.claim("you", 9, TTL) == []
 
@@ -179,7 +181,7 @@ def test_what_is_offered_to_a_claimed_lane_waits_for_its_owner_or_the_release(ou
     outbox.update(claim, row(), row(state=PENDING.sent().booked()))
     outbox.offer([row("op-2")], "host-b")
     assert outbox.claim("you", 8, TTL) == []
-    assert [one.operation_id for one in outbox.rows_of(claim, 9)] == ["op-2"]
+    assert [one.operation_id for one in outbox.rows_of([claim], 9)] == ["op-2"]
     outbox.release([claim])
     (next_claim,) = outbox.claim("you", 8, TTL)
     assert next_claim.epoch > claim.epoch
@@ -199,7 +201,7 @@ def test_a_lane_without_anything_due_is_not_given_out(outbox: SharedOutbox) -> N
     outbox.offer([row(), row("op-2", "bob", next_attempt_at=time.time() + 0.4)], "host-a")
     (claim,) = outbox.claim("me", 8, TTL)
     outbox.update(claim, row(), row(attempts=1, next_attempt_at=time.time() + 0.4, last_error="503"))
-    assert outbox.rows_of(claim, 9) == []
+    assert outbox.rows_of([claim], 9) == []
     outbox.release([claim])
     assert outbox.claim("me", 8, TTL) == []
     time.sleep(0.5)
@@ -219,7 +221,7 @@ def test_a_due_time_is_a_delay_whatever_the_clocks_of_the_hosts_say(
     found = outbox.get("op-1")
     assert found is not None
     assert 58 < found.next_attempt_at - time.time() <= 60
-    assert outbox.rows_of(claim, 9) == []
+    assert outbox.rows_of([claim], 9) == []
 
 
 def test_a_lost_claim_changes_nothing(outbox: SharedOutbox, make: Make, psql: Any) -> None:

@@ -109,9 +109,11 @@ class SharedOutbox:
         found = self._line.run(sql.CLAIM, {**self._scope, "owner": owner, "lanes": lanes, "ttl": ttl})
         return [Claim(lane["principal_id"], lane["user_id"], owner, lane["epoch"], began + ttl) for lane in found]
 
-    def rows_of(self, claim: Claim, limit: int) -> list[Row]:
-        """What is due in a claimed lane, oldest first."""
-        return self._rows(sql.ROWS_OF, {**self._of(claim), "limit": limit})
+    def rows_of(self, claims: Sequence[Claim], limit: int) -> list[Row]:
+        """What is due in claimed lanes, oldest first, at most ``limit`` rows of each."""
+        principals = [claim.principal_id for claim in claims]
+        users = [claim.user_id for claim in claims]
+        return self._rows(sql.ROWS_OF, {**self._scope, "principals": principals, "users": users, "limit": limit})
 
     def get(self, operation_id: str) -> Row | None:
         """One row as it stands."""
@@ -201,6 +203,10 @@ class SharedOutbox:
     def lock(self) -> object:
         """The lock of every method (`vluna_llm.reentry`)."""
         return self._line.lock
+
+    def ready(self) -> None:
+        """Connect where there is no connection; raises `SharedAway` where there can be none."""
+        self._line.ready()
 
     def close(self) -> None:
         """Close the connection; nothing is asked any more."""

@@ -57,6 +57,12 @@ class Connection:
         """The lock of every method (`vluna_llm.reentry`)."""
         return self._guard
 
+    def ready(self) -> None:
+        """Connect where there is no connection; raises `SharedAway` where there can be none."""
+        with self._guard:
+            if self._db is None:
+                self._connected()
+
     def close(self) -> None:
         """Close it; nothing is asked any more."""
         with self._guard:

@@ -113,7 +113,15 @@ RETURNING lane.principal_id, lane.user_id, lane.epoch
 _SELECT = f"SELECT *, {_CLOCK} AS db_now FROM vluna_llm_operations"
 
 ROWS_OF = f"""
-{_SELECT} WHERE {_LANE} AND {_UNDELIVERED} AND next_attempt_at <= {_CLOCK} ORDER BY seq LIMIT %(limit)s
+SELECT op.*, {_CLOCK} AS db_now
+FROM unnest(%(principals)s::text[], %(users)s::text[]) AS lane (principal_id, user_id), LATERAL (
+    SELECT * FROM vluna_llm_operations AS one
+    WHERE one.base_url = %(base_url)s AND one.realm_id = %(realm_id)s
+        AND one.principal_id = lane.principal_id AND one.user_id = lane.user_id
+        AND one.{_UNDELIVERED} AND one.next_attempt_at <= {_CLOCK}
+    ORDER BY one.seq LIMIT %(limit)s
+) AS op
+ORDER BY op.seq
 """
 
 GET = f"""
@@ -123,10 +131,10 @@ GET = f"""
 _FENCE = f"""
 WITH fence AS (
     SELECT FROM vluna_llm_lanes
-    WHERE {_LANE} AND owner = %(owner)s AND epoch = %(epoch)s AND expires_at > clock_timestamp() FOR SHARE
+    WHERE {_LANE} AND epoch = %(epoch)s AND expires_at > clock_timestamp() FOR SHARE
 )
 """
-"""The lane, locked for this statement: nobody claims it between the look and the write."""
+"""The lane, locked for this statement: nobody claims it between the look and the write. An epoch has one owner."""
 
 
 def _assignments(columns: tuple[str, ...]) -> str:

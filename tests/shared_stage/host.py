@@ -1,0 +1,159 @@
+"""A host in a process of its own: its own outbox directory and home, told over its standard input what to do.
+
+Commands are JSON objects, a line each, answered by a line each: ``{"do": "work", "customers": [...], "each": 3}``,
+``{"do": "flush", "seconds": 10}``, ``{"do": "counts"}``, ``{"do": "stages"}``, ``{"do": "timed", ...}``,
+``{"do": "close"}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TOKENS = 15
+
+
+class Host:
+    """One host, seen from the test."""
+
+    def __init__(
+        self, name: str, folder: Path, gate: Mapping[str, str], database: str, *, ttl: float = 2.0, stop_at: str = ""
+    ) -> None:
+        self.name = name
+        self.folder = folder / name
+        self.outbox = self.folder / "outbox"
+        self.outbox.mkdir(parents=True)
+        self.errors = self.folder / "stderr"
+        environment = {
+            **gate,
+            "HOME": str(self.folder),
+            "PATH": "",
+            "PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]),
+            "VLUNA_LLM_OUTBOX": str(self.outbox),
+            "VLUNA_LLM_OUTBOX_SHARED": database,
+            "HOST_TTL": str(ttl),
+            "HOST_STOP_AT": stop_at,
+        }
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "host"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+            )
+        assert self.answer() == "ready"
+
+    def ask(self, do: str, **details: Any) -> Any:
+        """Have it do something, and wait for its answer."""
+        self.tell(do, **details)
+        return self.answer()
+
+    def tell(self, do: str, **details: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **details}) + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"host {self.name} is gone: {self.errors.read_text()}"
+        return json.loads(line)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+    def pause(self) -> None:
+        os.kill(self.process.pid, signal.SIGSTOP)
+        self.wait_until_paused()
+
+    def wait_until_paused(self, seconds: float = 10.0) -> None:
+        """Wait until it is stopped, by `pause` or by itself."""
+        status = Path(f"/proc/{self.process.pid}/stat")
+        until = time.monotonic() + seconds
+        while status.read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < until, f"host {self.name} does not stop"
+            time.sleep(0.01)
+
+    def wake(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def end(self) -> None:
+        """Whatever it does, let it be gone."""
+        if self.process.poll() is None:
+            self.wake()
+            self.kill()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def main() -> None:
+    """The program of a host."""
+    from vluna_llm import TokenUsage, Vluna, call_context, failpoints, sharing
+    from vluna_llm.ending import Ending
+    from vluna_llm.lifecycle import ModelCall
+
+    sharing.TTL = float(os.environ["HOST_TTL"])
+    vluna = Vluna()
+    stop_at, guard = os.environ["HOST_STOP_AT"], threading.Lock()
+
+    def stop(name: str) -> None:
+        nonlocal stop_at
+        with guard:
+            here, stop_at = name == stop_at, "" if name == stop_at else stop_at
+        if here:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    if stop_at:
+        failpoints.arm(stop)
+
+    def work(customer: str) -> str:
+        with call_context(principal_id=customer):
+            operation = vluna.begin(ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": []}))
+        assert operation is not None
+        operation.finish(Ending("complete", usage=TokenUsage(10, TOKENS - 10), finished=True))
+        return str(operation.operation_id)
+
+    def answer(said: Any) -> None:
+        print(json.dumps(said), flush=True)
+
+    answer("ready")
+    for line in sys.stdin:
+        order = json.loads(line)
+        do = order["do"]
+        if do == "start":
+            vluna._running()
+            answer(True)
+        elif do == "work":
+            took = []
+            for customer in order["customers"] * order.get("each", 1):
+                began = time.perf_counter()
+                work(customer)
+                took.append(time.perf_counter() - began)
+            answer({"slowest": max(took), "mean": sum(took) / len(took)})
+        elif do == "flush":
+            answer(vluna.flush(order["seconds"]))
+        elif do == "counts":
+            answer({**vluna.telemetry.counts, "outstanding": vluna._running().settler.outstanding})
+        elif do == "stages":
+            rows = vluna._running().ledger.journal.rows()
+            answer([[row.operation_id, row.stage, row.state.settlement] for row in rows])
+        elif do == "close":
+            answer(vluna.close(order.get("seconds", 5.0)))
+        else:
+            raise ValueError(do)
+
+
+if __name__ == "__main__":
+    main()

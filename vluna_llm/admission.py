@@ -13,13 +13,13 @@ from .ledger import Watch, ended
 from .lifecycle import Operation
 from .operation import OperationState
 from .outbox import Row
-from .policy import Breaker, Decision, RecentDenials, UngatedCap, counts_as_down, decide, not_asked
+from .policy import Breaker, BreakerState, Decision, RecentDenials, UngatedCap, counts_as_down, decide, not_asked
 from .process import Process
 from .reporting import attributes_of, span_of
 from .runtime import Runtime
 from .settings import Mode, Settings
 from .settlement import leased
-from .telemetry import Telemetry
+from .telemetry import Severity, Telemetry
 from .types import Lease
 from .usage.estimate import Estimate
 from .usage.features import FeatureMap
@@ -46,7 +46,9 @@ class Admissions:
     def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
         self._settings = settings
         self._telemetry = telemetry
-        self._breaker = Breaker()
+        self._breaker = Breaker(changed=self._tell_breaker)
+        self._away_since = 0.0
+        self._not_asked = 0
         self._cap = UngatedCap()
         self._denials = RecentDenials()
 
@@ -95,7 +97,10 @@ class Admissions:
 
     def without_asking(self) -> GateError | None:
         """What is known without a round trip: a gate that is down is not asked again and again (rule 9)."""
-        return None if self._breaker.admit(time.monotonic()) else not_asked()
+        if self._breaker.admit(time.monotonic()):
+            return None
+        self._not_asked += 1
+        return not_asked()
 
     def decide(
         self,
@@ -144,7 +149,9 @@ class Admissions:
             self.tell_unmetered(error)
             return None
         if not isinstance(error, Exception):
-            # The caller was cancelled while the gate was asked: nothing ran, nothing is owed, the lease lapses.
+            # The caller was cancelled while the gate was asked: nothing ran, nothing is owed, the lease lapses. Should
+            # it have been the one that was to find out how the gate is doing, the next one is.
+            self._breaker.unused(time.monotonic())
             self._end(process, prepared, lambda state: state.outcome_unknown().lapsed())
             raise error
         self._telemetry.internal_error("vluna.begin")
@@ -212,6 +219,30 @@ class Admissions:
             settle_inline=self._settings.settle == "inline",
         )
 
+    def _tell_breaker(self, state: BreakerState) -> None:
+        """Tell that the gate is left alone, is asked by one call, is asked again by all."""
+        first = state == "open" and not self._away_since
+        attributes: dict[str, object] = {"vluna.breaker.state": state}
+        if state == "closed":
+            attributes["vluna.breaker.seconds"] = round(time.monotonic() - self._away_since, 3)
+            attributes["vluna.breaker.not_asked"] = self._not_asked
+            message = (
+                f"the gate answers again after {attributes['vluna.breaker.seconds']} s, in which it was not asked for "
+                f"{self._not_asked} call(s)"
+            )
+            self._away_since, self._not_asked = 0.0, 0
+        elif first:
+            self._away_since = time.monotonic()
+            message = (
+                "the gate did not answer the last calls: it is left alone, and one call every few seconds finds out "
+                f"whether it is back. Other calls follow VLUNA_LLM_ON_GATE_UNAVAILABLE, which is "
+                f"{self._settings.on_gate_unavailable!r}. Check that VLUNA_SERVICE_BASE_URL points to a running gate"
+            )
+        else:
+            message = "still away" if state == "open" else "one call asks whether the gate is back"
+        severity: Severity = "error" if first else "warn" if state == "closed" else "debug"
+        self._telemetry.emit("vluna.gate.breaker", severity, attributes, message=message)
+
     def _refused(self, process: Process, prepared: Prepared, decision: Decision) -> None:
         self._end(process, prepared, lambda state: state.denied())
         hit("admission.denied")
@@ -251,6 +282,7 @@ class Admissions:
                 self._breaker.failed(now)
             return
         self._breaker.succeeded()
+        self._cap.answered(now)
         if decision.denial is not None:
             self._denials.note(customer, decision.denial, now)
         elif isinstance(outcome, Lease):

@@ -230,7 +230,10 @@ class RecentDenials:
 class UngatedCap:
     """How much one customer may run while the gate cannot be asked: so many operations, for so many seconds.
 
-    The count starts with the first ungated call and is forgotten by `reset`, when the gate answers for that customer.
+    The count starts with the first ungated call and is forgotten by `reset`, when the gate answers for that customer. A
+    customer who calls rarely may meet two short outages hours apart and nothing in between: what lies further back than
+    ``max_age_seconds`` does not count where the gate has answered anybody since.
+
     Times are monotonic seconds, handed in. Threads that ask at the same instant may overshoot by their number.
     """
 
@@ -238,23 +241,35 @@ class UngatedCap:
         self.max_operations = max_operations
         self.max_age_seconds = max_age_seconds
         self._capacity = capacity
-        self._used: OrderedDict[Hashable, tuple[int, float]] = OrderedDict()
+        self._used: OrderedDict[Hashable, tuple[int, float, float]] = OrderedDict()
+        self._answered_at = float("-inf")
 
     def has_room(self, key: Hashable, now: float) -> bool:
         """Whether another call of this customer may run ungated."""
-        count, since = self._used.get(key, (0, now))
+        count, since = self._counted(key, now)
         return count < self.max_operations and now - since <= self.max_age_seconds
 
     def count(self, key: Hashable, now: float) -> None:
         """A call of this customer runs ungated."""
-        count, since = self._used.pop(key, (0, now))
-        self._used[key] = (count + 1, since)
+        count, since = self._counted(key, now)
+        self._used.pop(key, None)
+        self._used[key] = (count + 1, since, now)
         while len(self._used) > self._capacity:
             self._used.popitem(last=False)
 
+    def answered(self, now: float) -> None:
+        """The gate answered, for whomever."""
+        self._answered_at = now
+
+    def _counted(self, key: Hashable, now: float) -> tuple[int, float]:
+        count, since, last = self._used.get(key, (0, now, now))
+        if now - last > self.max_age_seconds and self._answered_at > last:
+            return 0, now
+        return count, since
+
     def used(self, key: Hashable) -> int:
         """How many calls of this customer ran ungated since the gate last answered for it."""
-        return self._used.get(key, (0, 0.0))[0]
+        return self._used.get(key, (0, 0.0, 0.0))[0]
 
     def reset(self, key: Hashable) -> None:
         """The gate answered for this customer."""
@@ -272,7 +287,16 @@ class Breaker:
     ``max_cool_off`` seconds. A probe that never reports back is given up after ``probe_patience`` seconds.
 
     Times are monotonic seconds, handed in. Safe to share between threads without a lock, which a fork could leave held:
-    the right to probe is one token that only one caller can take.
+    the right to probe is one token that only one caller can take, and so is the right to tell of a change.
+
+    Args:
+        threshold: failures in a row that open it.
+        cool_off: seconds until the first probe.
+        max_cool_off: seconds between two probes at most: how long a gate that is back goes unnoticed.
+        growth: factor from one cool-off to the next.
+        probe_patience: seconds after which a probe that never reports back is given up.
+        jitter: a number within 0 and 1.
+        changed: told of every change of state, once.
     """
 
     def __init__(
@@ -280,10 +304,11 @@ class Breaker:
         *,
         threshold: int = 5,
         cool_off: float = 1.0,
-        max_cool_off: float = 30.0,
+        max_cool_off: float = 5.0,
         growth: float = 2.0,
         probe_patience: float = 10.0,
         jitter: Callable[[], float] = random.random,
+        changed: Callable[[BreakerState], None] = lambda state: None,
     ) -> None:
         self._threshold = threshold
         self._cool_off = cool_off
@@ -294,8 +319,11 @@ class Breaker:
         self._failures = 0
         self._openings = 0
         self._retry_at: float | None = None
-        self._probing = False
         self._probe: deque[None] = deque([None], maxlen=1)
+        self._probing: deque[None] = deque(maxlen=1)  # there is one while a probe is on its way
+        self._changed = changed
+        self._may_open: deque[None] = deque([None], maxlen=1)
+        self._may_close: deque[None] = deque(maxlen=1)
 
     def admit(self, now: float) -> bool:
         """Whether this call may ask the gate. Who is admitted reports back by `succeeded` or `failed`."""
@@ -312,10 +340,11 @@ class Breaker:
             # Another thread took the token, and gave it back, since we looked: this is its probe.
             self._probe.append(None)
             return False
-        self._probing = True
+        self._probing.append(None)
         # Should this probe never report back, another may start then.
         self._retry_at = now + self._probe_patience
         self._probe.append(None)
+        self._changed("half_open")
         return True
 
     def wait(self, now: float) -> float:
@@ -329,15 +358,18 @@ class Breaker:
 
     def unused(self, now: float) -> None:
         """Who was admitted has asked nothing: another may probe at once."""
-        if self._probing:
-            self._probing = False
+        if _taken(self._probing):
             self._retry_at = now
+            self._changed("open")
 
     def succeeded(self) -> None:
         """The gate answered, whatever it said."""
         self._failures = self._openings = 0
-        self._probing = False
+        self._probing.clear()
         self._retry_at = None
+        if _taken(self._may_close):
+            self._may_open.append(None)
+            self._changed("closed")
 
     def failed(self, now: float) -> None:
         """The gate did not answer, or answered that it cannot."""
@@ -345,14 +377,17 @@ class Breaker:
         if self._retry_at is None:
             if self._failures >= self._threshold:
                 self._open(now)
-        elif self._probing:
+                if _taken(self._may_open):
+                    self._may_close.append(None)
+                    self._changed("open")
+        elif _taken(self._probing):
             self._open(now)
+            self._changed("open")
         # Else a call that was on its way when the breaker opened: it says nothing new.
 
     def _open(self, now: float) -> None:
         pause = min(self._max_cool_off, self._cool_off * self._growth**self._openings)
         self._openings = min(self._openings + 1, 64)
-        self._probing = False
         self._retry_at = now + pause * (0.9 + 0.2 * self._jitter())
 
     def state(self, now: float) -> BreakerState:
@@ -360,6 +395,15 @@ class Breaker:
         if self._retry_at is None:
             return "closed"
         return "open" if now < self._retry_at else "half_open"
+
+
+def _taken(token: deque[None]) -> bool:
+    """Take the token; False where somebody else has it."""
+    try:
+        token.pop()
+    except IndexError:
+        return False
+    return True
 
 
 def counts_as_down(outcome: Lease | GateError) -> bool:

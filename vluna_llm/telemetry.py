@@ -7,6 +7,8 @@ span id that the journal keeps. Attributes never hold a prompt, an answer or a s
 event name                           severity  when
 ==================================== ========= =====================================================================
 ``vluna.hint``                       INFO/WARN a hint came with an answer of the gate
+``vluna.gate.breaker``               ERROR     the gate is left alone after calls without an answer; WARN when it
+                                               answers again, DEBUG for the probes in between
 ``vluna.operation.denied``           INFO      the gate refused a call (402, 403, 429); ERROR where it never can (422)
 ``vluna.operation.ungated``          WARN      a call ran without a lease; its usage is booked by ingest
 ``vluna.operation.aborted``          INFO      a call was given up or failed; the lease is cancelled
@@ -28,9 +30,10 @@ event name                           severity  when
 Attributes: ``vluna.operation.id``, ``vluna.principal.id``, ``vluna.feature.code``, ``vluna.lease.id``,
 ``vluna.commit.id``, ``vluna.request.id``, ``vluna.amount_xusd``, ``vluna.usage.source``, ``vluna.phase``
 (``authorize``, ``commit``, ``ingest``, ``cancel``), ``vluna.hint.type`` and ``vluna.hint.<field>``,
-``vluna.attempts``, ``vluna.order``, ``vluna.denial.reason``, ``vluna.forgone_tokens``, ``vluna.endpoint``,
-``vluna.audio_seconds``, ``gen_ai.request.model``, ``gen_ai.response.id``, ``gen_ai.usage.input_tokens``,
-``gen_ai.usage.output_tokens``, ``error.type``. Metrics: `vluna_llm.gauges`.
+``vluna.attempts``, ``vluna.breaker.state`` (``open``, ``half_open``, ``closed``), ``vluna.breaker.seconds``,
+``vluna.breaker.not_asked`` (calls), ``vluna.order``, ``vluna.denial.reason``, ``vluna.forgone_tokens``,
+``vluna.endpoint``, ``vluna.audio_seconds``, ``gen_ai.request.model``, ``gen_ai.response.id``,
+``gen_ai.usage.input_tokens``, ``gen_ai.usage.output_tokens``, ``error.type``. Metrics: `vluna_llm.gauges`.
 """
 
 from __future__ import annotations

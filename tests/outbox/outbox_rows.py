@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import tempfile
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,3 +128,20 @@ def assert_each_is_somewhere(directory: Path, ids: set[str]) -> None:
     rows, copies = where_rows_are(directory)
     assert rows.keys() | copies.keys() == ids
     assert max(rows.values(), default=0) <= 1
+
+
+def in_child(act: Callable[[], object]) -> None:
+    """Do this in a forked process, with limits or rights of its own; what fails there fails here."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+        except BaseException:
+            os.write(writing, traceback.format_exc().encode()[-4000:])
+            os._exit(1)
+        os._exit(0)
+    os.close(writing)
+    with open(reading, encoding="utf-8", errors="replace") as pipe:
+        told = pipe.read()
+    assert os.waitpid(pid, 0)[1] == 0, told or "the child died"

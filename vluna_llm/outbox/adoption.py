@@ -143,10 +143,11 @@ class Adopter:
                 after = found[-1]["rowid"]
                 batch = Batch(found, base_url, realm_id)
                 staying, unread = staying + len(found) - len(batch.numbers), unread or batch.unread
-                if batch.numbers:
-                    self._move_batch(path, db, batch)
+                failure = self._move_batch(path, db, batch) if batch.numbers else None
             self._journal.checkpoint()
             yield from batch.need_care
+            if failure is not None:
+                raise failure
         with forks.inside():
             if staying:
                 _say_moving_to(db, None)  # whoever can do more with it may
@@ -158,8 +159,8 @@ class Adopter:
         if staying:
             raise _NothingForUs
 
-    def _move_batch(self, path: Path, db: sqlite3.Connection, batch: Batch) -> None:
-        """The three writes."""
+    def _move_batch(self, path: Path, db: sqlite3.Connection, batch: Batch) -> OutboxUnavailable | None:
+        """The three writes. What comes in the way of the last one is given back: some rows may have arrived by then."""
         self._interrupted.add(path.name)
         for keys in _slices(list(batch.rows)):
             with self._journal.transaction() as own:
@@ -177,11 +178,16 @@ class Adopter:
                 raise sqlite3.DatabaseError(f"{len(batch.numbers)} rows were to be deleted, and {gone} were")
             db.executemany("DELETE FROM orders WHERE operation_id = ?", [(op,) for op in batch.ids])
         hit("adoption.deleted")
-        for keys in _slices(list(batch.rows)):
-            with self._journal.transaction() as own:
-                own.executemany(_CLEAR, [(next_step(batch.rows[key]), key, path.name) for key in keys])
+        try:
+            for keys in _slices(list(batch.rows)):
+                with self._journal.transaction() as own:
+                    own.executemany(_CLEAR, [(next_step(batch.rows[key]), key, path.name) for key in keys])
+                batch.arrived.update(keys)
+        except OutboxUnavailable as error:
+            return error
         self._interrupted.discard(path.name)
         hit("adoption.cleared")
+        return None
 
     # -- what was interrupted --------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ class Batch:
         self.ids: list[str] = []
         self.rows: dict[str, Row] = {}
         """Those that are copied, as they will be."""
+        self.arrived: set[str] = set()
+        """Those of them that are nobody else's any more."""
         self._values: dict[str, Values] = {}
         self._lost: set[str] = set()
         self.unread: str | None = None
@@ -81,8 +83,9 @@ class Batch:
 
     @property
     def need_care(self) -> list[Row]:
-        """Those that have to be delivered, and those that are lost since now."""
-        return [row for key, row in self.rows.items() if needs_delivery(row) or key in self._lost]
+        """Those of the arrived that have to be delivered, or are lost since now."""
+        care = (row for row in self.rows.values() if needs_delivery(row) or row.operation_id in self._lost)
+        return [row for row in care if row.operation_id in self.arrived]
 
 
 def needs_delivery(row: Row) -> bool:

@@ -195,7 +195,7 @@ class Delivery:
         """
         composed: GateRequest | None = None
         if looked:
-            row = row.with_state(row.state.found_unbooked())
+            row = _unbooked(row)
         if wants_lease(row):
             row = self._late_lease(row, store)
         if row.body is None:
@@ -212,13 +212,13 @@ class Delivery:
         route = row.state.route
 
         def send(current: Row) -> Row:
-            state = current.state.found_unbooked() if looked else current.state
-            if state.route != route or state.settlement not in ("pending", "sent"):
+            now = _unbooked(current) if looked else current
+            if now.state.route != route or now.state.settlement not in ("pending", "sent"):
                 return current
             if current.stage is not None:
                 return current  # on its way to the shared outbox since it was read: delivered from there
-            changed = current.evolve(state=state.sent())
-            if composed is not None and current.body is None:
+            changed = now.evolve(state=now.state.sent())
+            if composed is not None and now.body is None:
                 changed = changed.evolve(path=composed.path, body=composed.body)
             return changed
 
@@ -368,6 +368,11 @@ class _NoPrice(Exception):
 
 class _NoLease(Exception):
     """A job's usage waits until the gate gives it the lease that all runs of the job share."""
+
+
+def _unbooked(row: Row) -> Row:
+    """The row of which the books show no charge: no longer a commit, whose bytes were kept until this was known."""
+    return withdrawn(row).with_state(row.state.found_unbooked()) if row.state.look_first else row
 
 
 def _reason_of(error: GateError) -> str:

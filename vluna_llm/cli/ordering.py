@@ -218,9 +218,9 @@ def _end(name: str, row: Row | None) -> Outcome | None:
     """How a carried-out order ended; None while it may still end otherwise."""
     if row is None:
         return Outcome(name, "settled", "settled, and its journal was cleared")
-    if row.state.is_settled:
-        return Outcome(name, "settled", _settled(row))
     word = waiting_as(row)
+    if word is None:
+        return Outcome(name, "settled", _settled(row))
     if word in ("dead", "quarantined", "lost") or (word == "held" and row.attempts):
         return Outcome(name, "waits", f"{word}: {row.last_error}")
     return None
@@ -231,8 +231,13 @@ def _so_far(name: str, row: Row | None, entry: Entry, why: str | None, still_ord
         pid = re.match(r"journal-(\d+)-", entry.journal.name if entry.journal is not None else "")
         owner = f"process {pid[1]}" if pid else "its process"
         return Outcome(name, "waits", why or f"ordered; {owner} has not carried it out yet")
-    tried = f"tried {row.attempts} times: {row.last_error}" if row.attempts else "not answered yet"
-    return Outcome(name, "waits", f"pending, {tried}")
+    return Outcome(name, "waits", f"{waiting_as(row)}, {_tried(row)}")
+
+
+def _tried(row: Row) -> str:
+    if not row.attempts:
+        return "not answered yet"
+    return f"tried {'once' if row.attempts == 1 else f'{row.attempts} times'}: {row.last_error}"
 
 
 def _settled(row: Row) -> str:
@@ -283,5 +288,5 @@ def _in_shared(entries: Sequence[Entry], what: What, environ: Mapping[str, str],
 def _so_far_shared(name: str, row: Row | None, reopened: bool) -> Outcome:
     if not reopened:
         return Outcome(name, "not done", "a host is delivering for this customer at this moment: order it again")
-    tried = f", tried {row.attempts} times: {row.last_error}" if row is not None and row.attempts else ""
+    tried = f"; {_tried(row)}" if row is not None and row.attempts else ""
     return Outcome(name, "waits", f"ordered; the next host that claims this customer delivers it{tried}")

@@ -135,10 +135,9 @@ def why_not(row: Row, what: What) -> str | None:
     if ordered(row, what) is not row:
         return None
     state: OperationState = row.state
-    if state.settlement == "none":
-        return "it is in flight in its process"
-    if state.is_settled:
-        return "it is settled"
+    if waiting_as(row) is None:
+        flying = state.settlement == "none" and state.admission != "denied"
+        return "it is in flight in its process" if flying else "it is settled"
     if state.settlement == "lost":
         return "its usage is not known: settle it by hand, then drop it"
     if what == "retry":

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from vluna_llm import TokenUsage, Vluna, call_context
+from vluna_llm.ending import Ending
+from vluna_llm.lifecycle import ModelCall, Operation
 from vluna_llm.sandbox import Sandbox
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -103,6 +106,18 @@ class Program:
                 os.killpg(running.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.communicate(timeout=5)
+
+
+CALL = ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": []})
+USED = Ending("complete", usage=TokenUsage(100, 20), finished=True)
+
+
+def begin(vluna: Vluna, principal: str = "ann") -> Operation:
+    """A call of this customer that was admitted."""
+    with call_context(principal_id=principal):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    return operation
 
 
 def charged(gate: Sandbox, principal: str | None = "ann") -> list[int]:

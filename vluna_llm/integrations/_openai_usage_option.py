@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -42,8 +43,15 @@ class Refusers:
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
 
+    def after_fork(self) -> None:
+        """In a forked child: another thread of the parent may have held the lock."""
+        self._lock = threading.Lock()
+
 
 REFUSERS: Final = Refusers()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=REFUSERS.after_fork)
 
 
 def is_asked(body: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from soak_report import evidence, summary
 from soak_run import Options, Soak, tidy
+from soak_sabotage import SABOTAGES
 
 
 def soak(
@@ -23,11 +24,14 @@ def soak(
     fault_rate: Annotated[float, typer.Option(help="Share of gate requests with an accident.", min=0, max=1)] = 0.12,
     think: Annotated[float, typer.Option(help="Mean seconds between two calls of one caller.", min=0.001)] = 0.05,
     drain_seconds: Annotated[float, typer.Option(help="Patience with the delivery of what is left.", min=1)] = 420.0,
+    sabotage: Annotated[str, typer.Option(help=f"Break the package on purpose: {', '.join(SABOTAGES)}.")] = "",
     keep: Annotated[Optional[Path], typer.Option(help="A folder for logs, books and evidence.")] = None,  # noqa: UP045
 ) -> None:
     """Kill workers at random, behind a faulty road to a gate with bad habits; then compare its books with the logs."""
     console = Console(stderr=True)
-    console.print(f"seed {seed}")
+    if sabotage and sabotage not in SABOTAGES:
+        raise typer.BadParameter(f"no such sabotage: {sabotage}")
+    console.print(f"seed {seed}" + (f", with {sabotage} on purpose" if sabotage else ""))
     options = Options(
         minutes=minutes,
         seed=seed,
@@ -38,6 +42,7 @@ def soak(
         fault_rate=fault_rate,
         think=think,
         drain_seconds=drain_seconds,
+        sabotage=sabotage,
         keep=keep,
     )
     with Progress(

@@ -64,12 +64,11 @@ class Nursery:
             os.kill(pid, number)
 
     def reap(self) -> None:
-        while self._children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            slot = self._children.pop(pid)
-            say({"said": "ended", "slot": slot, "pid": pid, "code": os.waitstatus_to_exitcode(status)})
+        for pid, slot in list(self._children.items()):  # not -1: the SDK has children of its own (``lsb_release``)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del self._children[pid]
+                say({"said": "ended", "slot": slot, "pid": pid, "code": os.waitstatus_to_exitcode(status)})
 
 
 def _warm() -> None:

@@ -23,6 +23,7 @@ from soak_worker import VARIANTS, Order
 
 NURSERIES = ("bare", "wrapped", "busy")
 BUSY_SLOT = 900
+_COMPLAINTS = ("vluna.internal_error", "Traceback", "Fatal", "The journal ", "Exception ignored")
 _SILENT_SECONDS = 45.0
 """A worker that notes nothing for so long while it is neither stopped nor dead is stuck."""
 
@@ -43,6 +44,7 @@ class Options:
     pauses_per_minute: float = 6.0
     gate_restarts_per_minute: float = 1.0
     drain_seconds: float = 420.0
+    sabotage: str = ""
     keep: Path | None = None
 
 
@@ -152,6 +154,7 @@ class Soak:
             concurrency=options.concurrency,
             customers=options.customers,
             think=options.think,
+            sabotage=options.sabotage,
         )
         setup.outbox.mkdir(mode=0o700, exist_ok=True)
         setup.save()
@@ -210,11 +213,17 @@ class Soak:
             while resumes and resumes[0][0] <= now:
                 self._resume(heapq.heappop(resumes)[1])
             self._listen()
+            self._see_to_helpers()
             if now - shown > 0.5:
                 shown = now
                 self._watch(now)
                 self._progress(self, (now - began) / (options.minutes * 60))
             time.sleep(0.005)
+
+    def _see_to_helpers(self) -> None:
+        for helper in (self._proxy, self._provider, self._gate, *self._nurseries):
+            if helper.process.poll() is not None:
+                raise RuntimeError(f"{helper.process.args} ended by itself; see its errors in {self.folder}")
 
     def _listen(self) -> None:
         while self._told:
@@ -389,6 +398,7 @@ class Soak:
         self._gate.ask("books", "books", 300)
         self.phase = "judging"
         seen = read_witnesses(self.folder)
+        self._read_complaints()
         states = Counter(drained.get("states", {}))
         seen.kills, seen.concurrency, seen.lost = self.kills, self.options.concurrency, drained.get("lost", [])
         finished = ("booked", "rebooked", "lapsed", "lost", "denied")
@@ -409,6 +419,19 @@ class Soak:
             self.folder,
             self.trouble,
         )
+
+    def _read_complaints(self) -> None:
+        """What workers said that no fault explains: errors of ours, and threads that did not end when asked to."""
+        said: Counter[str] = Counter()
+        for path in (*self.folder.glob("stderr-*.txt"), *self.folder.glob("soak_*.txt")):
+            for line in path.read_bytes().decode("utf-8", "replace").splitlines():
+                if line.startswith(_COMPLAINTS):
+                    said[line[:160]] += 1
+        for path in self.folder.glob("caller-*.jsonl"):
+            for record in records(path):
+                if record["e"] == "ended" and record["late"]:
+                    said[f"{record['late']} caller(s) of a worker that was asked to end went on for 10 s"] += 1
+        self.trouble += [f"{count} times: {line}" for line, count in said.most_common(20)]
 
     def _drain(self) -> dict[str, Any]:
         seconds = self.options.drain_seconds

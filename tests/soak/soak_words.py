@@ -98,6 +98,7 @@ class Setup:
     concurrency: int
     customers: int
     think: float
+    sabotage: str = ""
 
     @property
     def path(self) -> Path:

@@ -69,6 +69,10 @@ class Kit:
 
 def make_kit(setup: Setup, variant: str) -> Kit:
     """The kit of this variant; nothing is sent."""
+    if setup.sabotage:
+        from soak_sabotage import commit_sabotage
+
+        commit_sabotage(setup.sabotage)
     vluna = Vluna(
         base_url=setup.base_url,
         realm_id=setup.realm_id,
@@ -374,8 +378,10 @@ class Worker:
             threads.append(threading.Thread(target=lambda: asyncio.run(self.run_loop(f"{seed}.loop")), daemon=True))
         for thread in threads:
             thread.start()
+        parent = os.getppid()
         while not self.stopping.wait(0.2):
-            pass
+            if os.getppid() != parent:
+                os._exit(3)  # whoever watched over the run is gone
         deadline = time.monotonic() + 10
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -7,6 +7,7 @@ goes on after ``close``.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import random
 import threading
@@ -40,6 +41,7 @@ from .usage.types import TokenUsage
 
 SETTLE_TIMEOUT = 5.0
 _ORDERS_EVERY = 2.0
+_ADOPT_AT_ONCE = 500
 _ADOPT_EVERY = 10.0
 """Seconds between two looks for journals of processes that died meanwhile."""
 _MAX_COUNTED_PRINCIPALS = 10_000
@@ -147,12 +149,17 @@ class Runtime:
         """Take over what dead processes left behind in the same directory, for the same gate and realm."""
         base_url, realm_id, _, _ = self.settings.require_credentials()
         waiting = lost = total = 0
-        for row in self.ledger.adopt(base_url, realm_id, paths):
-            total += 1
-            if row.state.settlement in ("pending", "sent"):
-                waiting += 1
-                self.settler.enqueue(row, due=row.next_attempt_at)
-            lost += row.state.settlement == "lost"
+        adopted = self.ledger.adopt(base_url, realm_id, paths)
+        while batch := list(itertools.islice(adopted, _ADOPT_AT_ONCE)):
+            total += len(batch)
+            # An operator's orders first, which arrived with the rows: what was dropped is not delivered.
+            ordered = carry_out(self.ledger, self.settler, self.telemetry)
+            for row in batch:
+                now = self.ledger.get(row.operation_id) if ordered else row
+                if now is not None and now.state.settlement in ("pending", "sent"):
+                    waiting += 1
+                    self.settler.enqueue(now, due=now.next_attempt_at)
+                lost += row.state.settlement == "lost"
         if total and paths is None:
             log.warning(
                 "Took over %d unsettled operation(s) of processes that ended: %d to deliver, %d lost in flight.",

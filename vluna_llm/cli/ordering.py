@@ -125,8 +125,8 @@ def _in_journals(entries: Sequence[Entry], what: What, deadline: float) -> dict[
                 why.update((entry.row.operation_id, reason) for entry in its)
                 if not any(owner_lives(path) for path in journals_below(directory)):
                     in_vain.update(entry.row.operation_id for entry in its)
-        outcomes.update(_Wait(why).until(deadline, {n: e for n, e in placed.items() if n not in in_vain}))
-        outcomes.update(_Wait(why).until(0.0, {n: e for n, e in placed.items() if n in in_vain}))
+        outcomes.update(_Wait(what, why).until(deadline, {n: e for n, e in placed.items() if n not in in_vain}))
+        outcomes.update(_Wait(what, why).until(0.0, {n: e for n, e in placed.items() if n in in_vain}))
     return outcomes
 
 
@@ -172,7 +172,8 @@ class _Wait:
     once may be half of a move, what was seen twice in a row is not.
     """
 
-    def __init__(self, why: Mapping[str, str]) -> None:
+    def __init__(self, what: What, why: Mapping[str, str]) -> None:
+        self._what: What = what
         self._why = why
         self._seen: dict[str, Outcome] = {}
 
@@ -203,7 +204,7 @@ class _Wait:
             rows = find(paths, names)
             for name in names:
                 row = rows.get(name)
-                end = None if name in open_orders else _end(name, row)
+                end = None if name in open_orders else _end(name, row, self._what)
                 certain = end is not None and (end.end == "settled" or self._seen.get(name) == end)
                 if end is not None:
                     self._seen[name] = end
@@ -214,11 +215,13 @@ class _Wait:
         return found
 
 
-def _end(name: str, row: Row | None) -> Outcome | None:
+def _end(name: str, row: Row | None, what: What) -> Outcome | None:
     """How a carried-out order ended; None while it may still end otherwise."""
     if row is None:
         return Outcome(name, "settled", "settled, and its journal was cleared")
     word = waiting_as(row)
+    if what == "drop" and row.state.settlement in ("booked", "rebooked"):
+        return Outcome(name, "not done", "it was CHARGED before it could be dropped: undo what you settled by hand")
     if word is None:
         return Outcome(name, "settled", _settled(row))
     if word in ("dead", "quarantined", "lost") or (word == "held" and row.attempts):
@@ -268,7 +271,7 @@ def _in_shared(entries: Sequence[Entry], what: What, environ: Mapping[str, str],
                         reopened.add(name)
                 now = shared.get(name)
                 if end is None and name in reopened:
-                    end = _end(name, now)
+                    end = _end(name, now, what)
                 if end is None and last:
                     end = _so_far_shared(name, now, name in reopened)
                 if end is not None:

@@ -444,10 +444,11 @@ def test_hundreds_of_calls_through_an_outage_are_each_booked_once(
 def test_thousands_of_calls_through_an_outage_are_each_booked_once(
     make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Any
 ) -> None:
-    """3,000 calls of 40 customers, in threads and on event loops, with the gate's bad habits on before and after."""
+    """3,000 calls of 40 customers, in threads and on event loops, with the gate's bad habits on all the time."""
     vluna = make_vluna(authorize_deadline=0.5, outbox=str(tmp_path))
-    gate.faults.add("error_before", None, times=150, skip=40)
-    gate.faults.add("drop_after", "commits", times=100, skip=20)
+    for number in range(90):
+        kind: Any = ("error_before", "error_after", "drop_after")[number % 3]
+        gate.faults.add(kind, (None, "commits", "ingest")[number // 3 % 3], skip=20 + 30 * number)
     outage(vluna, gate, 3000, 40)
     assert vluna.flush(180)
     entries = [entry for entry in gate.booked().entries if entry.charged_xusd > 0]

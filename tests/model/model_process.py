@@ -21,10 +21,11 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+from model_gate import AsyncWire, Network, Wire, pause
+
 import vluna_llm.process
 import vluna_llm.runtime
 import vluna_llm.settler
-from model_gate import AsyncWire, Network, Wire, pause
 from vluna_llm import Vluna, failpoints
 from vluna_llm.failpoints import Crash
 from vluna_llm.gate.client import GateClient

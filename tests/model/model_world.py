@@ -19,6 +19,7 @@ from typing import Any
 
 from model_gate import GateBox, Network
 from model_process import START, Clock, Kernel, SimProcess, Waiting, simulated
+
 from vluna_llm import TokenUsage, call_context
 from vluna_llm.ending import Ending
 from vluna_llm.errors import VlunaError

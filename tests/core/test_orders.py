@@ -266,6 +266,20 @@ def test_the_owner_is_told_in_its_telemetry(vluna: Vluna, gate: Sandbox) -> None
     assert vluna.telemetry.counts["vluna.settlement.ordered"] == before + 1
 
 
+def test_what_is_to_be_dropped_is_not_due_any_more(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Path
+) -> None:
+    """From the moment of the order, before it is carried out; other orders keep nothing from going out."""
+    vluna = make_vluna(outbox=str(tmp_path))
+    gate.faults.add("status", "commits", times=None, status=503)
+    dropped, retried = begin(vluna), begin(vluna)
+    dropped.finish(USED)
+    retried.finish(USED)
+    journal = runtime_of(vluna).ledger.journal
+    place(journal_of(vluna), [(dropped.operation_id, "drop"), (retried.operation_id, "retry")])
+    assert [operation_id for operation_id, _, _ in journal.due(10, 10, 9e9)] == [retried.operation_id]
+
+
 # -- placing -----------------------------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,7 @@ SELECT operation_id, principal_id, user_id, next_attempt_at, place FROM (
            ) AS place
     FROM operations
     WHERE settlement IN ('pending', 'sent') AND arrived_from IS NULL AND stage IS NULL
+        AND operation_id NOT IN (SELECT operation_id FROM orders WHERE what = 'drop' AND operation_id IS NOT NULL)
 )
 WHERE place <= :per_lane + 1 ORDER BY later, created_at, number LIMIT :limit + 1
 """
@@ -262,7 +263,8 @@ class Journal:
         """What has to be delivered from here: due at ``now`` first, then oldest first, at most ``per_lane`` of a lane.
 
         It looks through the whole file (100,000 rows: about 0.2 s), on another thread's time: callers do not wait.
-        Rows that are delivered from the shared outbox are left out, and so are copies that are still being taken over.
+        Rows that are delivered from the shared outbox are left out, and so are copies that are still being taken over
+        and what an operator wants dropped.
         """
         with self._reading() as db:
             found = db.execute(_DUE, {"now": now, "per_lane": per_lane, "limit": limit}).fetchall()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,16 @@ pytest.importorskip("opentelemetry.sdk", reason="the OpenTelemetry SDK is not in
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
+from vluna_llm import TokenUsage, Vluna, call_context
 from vluna_llm.alarm import Alarm
+from vluna_llm.ending import Ending
+from vluna_llm.errors import GateDenied
 from vluna_llm.gauges import Depths, Gauges, Rate
+from vluna_llm.lifecycle import ModelCall, Operation
+from vluna_llm.sandbox import Sandbox
+
+CALL = ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": []})
+USED = Ending("complete", usage=TokenUsage(100, 20), finished=True, response_id="resp_1")
 
 
 class Clock:
@@ -234,6 +243,95 @@ def test_a_forked_child_counts_for_itself() -> None:
     assert reader.recv() == (0, 0)
     process.join(20)
     close()
+
+
+# -- with a gate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def metered(measured: Measured, make_vluna: Callable[..., Vluna], tmp_path: Path) -> Vluna:
+    """A `Vluna` that tells the gauges of this test instead of the process's own."""
+    vluna = make_vluna(outbox=str(tmp_path / "outbox"))
+    vluna.telemetry.gauges = measured.gauges
+    return vluna
+
+
+def begin(vluna: Vluna, principal: str = "ann") -> Operation:
+    with call_context(principal_id=principal):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    return operation
+
+
+def test_a_day_of_a_product_is_told(measured: Measured, metered: Vluna, gate: Sandbox) -> None:
+    """Booked, given up, refused by the gate and run without it; what waits is in the depth, and nothing twice."""
+    begin(metered).finish(USED)
+    begin(metered, "bob").finish(Ending("error", output_tokens=33))
+    gate.set_credit("broke", 0)
+    with pytest.raises(GateDenied):
+        begin(metered, "broke")
+    assert metered.flush(10)
+    assert measured.points("vluna.operations") == {("leased",): 2, ("denied",): 1}
+    assert measured.points("vluna.settlements") == {("booked", "commit"): 1, ("cancelled", "cancel"): 1}
+    assert measured.points("vluna.outbox.arrivals") == {(): 2}
+    assert measured.points("vluna.outbox.deliveries") == {(): 2}
+    assert set(measured.points("vluna.outbox.depth").values()) == {0}
+    (delay,) = measured.metric("vluna.settlement.delay").data.data_points
+    assert delay.count == 1
+    assert 0 < delay.sum < 10
+
+    gate.faults.add("status", "authorize", times=None, status=503)
+    gate.faults.add("status", "ingest", times=None, status=503)
+    begin(metered, "carl").finish(USED)
+    measured.clock.now += 2
+    assert measured.points("vluna.operations")["ungated",] == 1
+    assert measured.points("vluna.outbox.depth")["pending",] == 1
+    assert measured.points("vluna.outbox.arrivals") == {(): 3}
+    assert 0 < measured.points("vluna.outbox.oldest_age")["pending",] < 60
+    metered.close(timeout=0.1)
+    measured.clock.now += 2
+    assert measured.points("vluna.outbox.depth") == {}, "a closed outbox is not told"
+
+
+def test_what_waits_for_a_person_has_its_own_depth(measured: Measured, metered: Vluna, gate: Sandbox) -> None:
+    """Refused, charged nothing, or held: an alert can be set on each."""
+    dead = begin(metered, "dead")
+    gate.feature("openai.gpt-4o-mini", active=False)
+    dead.finish(USED)
+    assert dead.wait(10) is not None
+    gate.feature("openai.gpt-4o-mini", active=True)
+    quarantined = begin(metered, "quarantined")
+    for meter in ("", ".tokens.input", ".tokens.cached", ".tokens.output"):
+        gate.unprice(f"openai.gpt-4o-mini{meter}")
+    quarantined.finish(USED)
+    assert quarantined.wait(10) is not None
+    held = begin(metered, "held")
+    unknown = '{"ok":false,"code":"AUTH.SERVICE_KEY_NOT_FOUND","message":"Service API key not recognized"}'
+    gate.faults.add("status", "commits", times=None, status=401, body=unknown)
+    held.finish(USED)
+    until = time.monotonic() + 10
+    while not measured.points("vluna.outbox.depth").get(("held",)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+        measured.clock.now += 2
+    assert measured.points("vluna.outbox.depth") == {
+        ("pending",): 0,
+        ("held",): 1,
+        ("dead",): 1,
+        ("quarantined",): 1,
+        ("lost",): 0,
+    }
+    outcomes = measured.points("vluna.settlements")
+    assert outcomes == {("refused", "commit"): 1, ("quarantined", "commit"): 1}
+
+
+def test_tokens_that_are_given_away_are_counted(measured: Measured, metered: Vluna, gate: Sandbox) -> None:
+    begin(metered).finish(Ending("closed", output_tokens=33))
+    assert metered.flush(10)
+    assert sum(measured.points("vluna.tokens.forgone").values()) >= 33
+
+
+# -- the alarm ---------------------------------------------------------------------------------------------------------
 
 
 def run(alarm: Alarm, seconds: int, arrive: int, drain: int, start: tuple[float, int, int, int]) -> list[Any]:

@@ -31,7 +31,7 @@ from outbox_rows import (
 
 from vluna_llm import failpoints
 from vluna_llm.operation import OperationState
-from vluna_llm.outbox import Journal, Row, adoption
+from vluna_llm.outbox import Journal, Row, adoption, schema
 from vluna_llm.outbox.lock import FileLock
 from vluna_llm.usage import TokenUsage
 
@@ -330,6 +330,35 @@ def test_what_waits_for_somebody_moves_along_and_what_is_done_does_not(directory
     assert {key: found[key] for key in waiting} == waiting
     assert found.keys() == {*waiting, "flying", "new"}
     assert {each.operation_id for each in heir.staged("shared", "sharing")} == {"shared", "sharing"}
+    heir.close()
+
+
+def test_each_of_the_three_writes_is_on_disk_before_the_next(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a loss of power: the copies are flushed before the originals go, and these are gone for good before the
+    copies count; what a dead process had not flushed is flushed before anybody acts on it."""
+    events: list[str] = []
+    really_open, really_flush = adoption._open, schema.flush
+    dead_journal(directory, *five(), kept_log=True)
+    heir = Journal(directory)
+
+    def opened(path: Path) -> sqlite3.Connection:
+        db = really_open(path)
+        assert db.execute("PRAGMA synchronous").fetchone()[0] == 2, "each commit waits for the disk"
+        events.append("opened")
+        return db
+
+    def flush(path: Path) -> None:
+        events.append("flushed its own" if path == Path(f"{heir.path}-wal") else "flushed")
+        really_flush(path)
+
+    monkeypatch.setattr(adoption, "_open", opened)
+    monkeypatch.setattr(schema, "flush", flush)
+    failpoints.arm(lambda name: events.append(name.removeprefix("adoption.")))
+    heir.adopt(GATE, REALM)
+    relevant = [event for n, event in enumerate(events) if event != "flushed" or events[n + 1] == "opened"]
+    once = ["flushed its own", "copied", "deleted", "cleared"]
+    assert relevant[:2] == ["flushed", "opened"]
+    assert [event for event in relevant[2:] if event != "flushed"] == ["announced", *once, *once, "emptied", "removed"]
     heir.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
@@ -77,6 +78,22 @@ def test_a_forked_child_cannot_free_its_parents_lock(tmp_path: Path) -> None:
     in_child(free)
     assert not FileLock(tmp_path / "l").acquire()
     assert (tmp_path / "l").exists()
+    lock.release()
+
+
+def test_a_child_that_was_forked_behind_pythons_back_cannot_free_it_either(tmp_path: Path) -> None:
+    """Some servers fork by themselves, and no hook of Python's runs."""
+    fork = getattr(ctypes.PyDLL(None), "fork", None)
+    if fork is None:
+        pytest.skip("no C library to call")
+    lock = FileLock(tmp_path / "l")
+    assert lock.acquire()
+    pid = fork()
+    if pid == 0:
+        lock.release()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert not FileLock(tmp_path / "l").acquire()
     lock.release()
 
 

@@ -201,9 +201,9 @@ def changed_values(old: Row, new: Row) -> dict[str, Any]:
     if new.state is not old.state:
         before = _state_values(old.state)
         found.update((name, value) for name, value in _state_values(new.state).items() if value != before.get(name))
-        told = True
-    if told and (step := next_step(new)) != next_step(old):
-        found["next_step"] = step
+        told = told or "settlement" in found or found.get("admission") == "denied"
+    if told:
+        found["next_step"] = next_step(new)
     return found
 
 

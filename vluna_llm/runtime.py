@@ -160,6 +160,7 @@ class Runtime:
                     waiting += 1
                     self.settler.enqueue(now, due=now.next_attempt_at)
                 lost += row.state.settlement == "lost"
+        self.settler.recall()
         if total and paths is None:
             log.warning(
                 "Took over %d unsettled operation(s) of processes that ended: %d to deliver, %d lost in flight.",

@@ -314,6 +314,11 @@ class Settler:
         for row in rows:
             self._deliver_here(row, row.next_attempt_at)
 
+    def recall(self) -> None:
+        """Rows have come that are or may be in the shared outbox, and are delivered from there."""
+        if self._sharing is not None:
+            self._sharing.recall()
+
     def read_again(self) -> None:
         """The journal holds rows that are to be delivered from here and are not in memory."""
         with self._changed:

@@ -164,6 +164,17 @@ class Sharing:
         self._wake.set()
         return True
 
+    def recall(self) -> None:
+        """Take charge of the rows that came with the journal of a dead process, and are or may be in PostgreSQL."""
+        after = 0
+        while found := self._staged("sharing", _UNDELIVERED, after):
+            with self._guard:
+                there = set(self._unsure)
+                self._unsure.extend(key for _, key in found if key not in there)
+            after = found[-1][0]
+        self._read_waiting()
+        self._wake.set()
+
     def store_of(self, operation_id: str, lane: tuple[str, str]) -> ClaimedStore | None:
         """Where a claimed row is kept while it is delivered; None where it is not claimed. `attempted` must follow."""
         return self.claims.store_of(operation_id, lane)

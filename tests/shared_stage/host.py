@@ -1,8 +1,7 @@
 """A host in a process of its own: its own outbox directory and home, told over its standard input what to do.
 
 Commands are JSON objects, a line each, answered by a line each: ``{"do": "work", "customers": [...], "each": 3}``,
-``{"do": "flush", "seconds": 10}``, ``{"do": "counts"}``, ``{"do": "stages"}``, ``{"do": "timed", ...}``,
-``{"do": "close"}``.
+``{"do": "flush", "seconds": 10}``, ``counts``, ``stages``, ``fork``, ``close``.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -25,12 +25,20 @@ class Host:
     """One host, seen from the test."""
 
     def __init__(
-        self, name: str, folder: Path, gate: Mapping[str, str], database: str, *, ttl: float = 2.0, stop_at: str = ""
+        self,
+        name: str,
+        folder: Path,
+        gate: Mapping[str, str],
+        database: str | None,
+        *,
+        ttl: float = 2.0,
+        stop_at: str = "",
+        kill_at: str = "",
     ) -> None:
         self.name = name
         self.folder = folder / name
         self.outbox = self.folder / "outbox"
-        self.outbox.mkdir(parents=True)
+        self.outbox.mkdir(parents=True, exist_ok=True)
         self.errors = self.folder / "stderr"
         environment = {
             **gate,
@@ -38,9 +46,10 @@ class Host:
             "PATH": "",
             "PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path]),
             "VLUNA_LLM_OUTBOX": str(self.outbox),
-            "VLUNA_LLM_OUTBOX_SHARED": database,
+            **({} if database is None else {"VLUNA_LLM_OUTBOX_SHARED": database}),
             "HOST_TTL": str(ttl),
             "HOST_STOP_AT": stop_at,
+            "HOST_KILL_AT": kill_at,
         }
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
@@ -106,24 +115,39 @@ def main() -> None:
 
     sharing.TTL = float(os.environ["HOST_TTL"])
     vluna = Vluna()
-    stop_at, guard = os.environ["HOST_STOP_AT"], threading.Lock()
+    stop_at, kill_at, guard = os.environ["HOST_STOP_AT"], os.environ["HOST_KILL_AT"], threading.Lock()
 
-    def stop(name: str) -> None:
+    def moment(name: str) -> None:
         nonlocal stop_at
+        if name == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
         with guard:
             here, stop_at = name == stop_at, "" if name == stop_at else stop_at
         if here:
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    if stop_at:
-        failpoints.arm(stop)
+    if stop_at or kill_at:
+        failpoints.arm(moment)
 
-    def work(customer: str) -> str:
+    def work(customer: str) -> float:
+        """One call; the seconds that its end cost its caller."""
         with call_context(principal_id=customer):
             operation = vluna.begin(ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": []}))
         assert operation is not None
+        began = time.perf_counter()
         operation.finish(Ending("complete", usage=TokenUsage(10, TOKENS - 10), finished=True))
-        return str(operation.operation_id)
+        return time.perf_counter() - began
+
+    def fork() -> int:
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = 1
+        try:
+            work("forked")
+            code = 0 if vluna.flush(20) and vluna.close(5) else 2
+        finally:
+            os._exit(code)
 
     def answer(said: Any) -> None:
         print(json.dumps(said), flush=True)
@@ -136,12 +160,10 @@ def main() -> None:
             vluna._running()
             answer(True)
         elif do == "work":
-            took = []
-            for customer in order["customers"] * order.get("each", 1):
-                began = time.perf_counter()
-                work(customer)
-                took.append(time.perf_counter() - began)
-            answer({"slowest": max(took), "mean": sum(took) / len(took)})
+            took = [work(customer) for customer in order["customers"] * order.get("each", 1)]
+            answer({"median": statistics.median(took), "slowest": max(took)})
+        elif do == "fork":
+            answer(fork())
         elif do == "flush":
             answer(vluna.flush(order["seconds"]))
         elif do == "counts":

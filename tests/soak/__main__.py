@@ -9,8 +9,9 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from soak_options import Options, tidy
 from soak_report import evidence, summary
-from soak_run import Options, Soak, tidy
+from soak_run import Soak
 from soak_sabotage import SABOTAGES
 
 
@@ -31,6 +32,8 @@ def soak(
     console = Console(stderr=True)
     if sabotage and sabotage not in SABOTAGES:
         raise typer.BadParameter(f"no such sabotage: {sabotage}")
+    if keep is not None and keep.is_dir() and any(keep.iterdir()):
+        raise typer.BadParameter(f"{keep} is not empty: logs of another run would be judged, too")
     console.print(f"seed {seed}" + (f", with {sabotage} on purpose" if sabotage else ""))
     options = Options(
         minutes=minutes,

@@ -21,8 +21,8 @@ from soak_words import MODEL_FEATURE, PRICES, WORK_FEATURE
 
 from vluna_llm.sandbox import Fault, FaultKind, Sandbox
 
-LEASE_SECONDS = 2.0
-GRACE_SECONDS = 1.0
+LEASE_SECONDS = 1.0
+GRACE_SECONDS = 0.5
 """Short, so that settlements come in time, within the grace and beyond it: all three are habits of a real gate."""
 
 CREDIT = 10**15

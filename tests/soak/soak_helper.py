@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ _FOREIGN = ("VLUNA_", "OPENAI_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 class Helper:
     """A process of ours that takes orders on its standard input and says things on its standard output."""
 
-    def __init__(self, script: str, *args: str, hear: Callable[[dict[str, Any]], None], errors: Path) -> None:
-        self._hear = hear
+    def __init__(self, script: str, *args: str, heard: deque[tuple[Helper, dict[str, Any]]], errors: Path) -> None:
+        self._heard = heard
         self._ready = threading.Event()
         self.greeting: dict[str, Any] = {}
         self._errors = open(errors, "ab")  # noqa: SIM115 - it belongs to the child
@@ -48,7 +48,7 @@ class Helper:
                 self.greeting = message
                 self._ready.set()
             self._answers.setdefault(said, threading.Event()).set()
-            self._hear(message)
+            self._heard.append((self, message))
 
     def wait_ready(self) -> dict[str, Any]:
         if not self._ready.wait(_START_SECONDS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from soak_run import Result
+from soak_options import Result
 
 
 def summary(result: Result) -> str:

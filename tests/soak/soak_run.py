@@ -6,7 +6,6 @@ import base64
 import heapq
 import json
 import random
-import shutil
 import signal
 import tempfile
 import time
@@ -17,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from soak_helper import Helper
-from soak_oracle import Verdict, judge, read_witnesses
+from soak_jobs import Jobs
+from soak_options import Options, Result
+from soak_oracle import judge, read_witnesses
 from soak_words import Setup, records
 from soak_worker import VARIANTS, Order
 
@@ -26,26 +27,6 @@ BUSY_SLOT = 900
 _COMPLAINTS = ("vluna.internal_error", "Traceback", "Fatal", "The journal ", "Exception ignored")
 _SILENT_SECONDS = 45.0
 """A worker that notes nothing for so long while it is neither stopped nor dead is stuck."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a run is like."""
-
-    minutes: float = 10.0
-    seed: int = 1
-    workers: int = 6
-    concurrency: int = 4
-    kills_per_minute: float = 300.0
-    cold_starts: int = 100
-    fault_rate: float = 0.12
-    customers: int = 150
-    think: float = 0.05
-    pauses_per_minute: float = 6.0
-    gate_restarts_per_minute: float = 1.0
-    drain_seconds: float = 420.0
-    sabotage: str = ""
-    keep: Path | None = None
 
 
 @dataclass(slots=True)
@@ -59,34 +40,10 @@ class Slot:
     pid: int | None = None
     stopped: bool = False
     asked_to_end: float | None = None
-    read_to: int = 0
     grew_at: float = 0.0
     size: int = 0
     told_stuck: bool = False
     jobs: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Result:
-    """What a run came to."""
-
-    options: Options
-    verdict: Verdict
-    seconds: float
-    kills: int
-    ends: int
-    cold_starts: int
-    pauses: int
-    gate_restarts: int
-    faults: dict[str, int]
-    drained_in: float | None
-    states: dict[str, int]
-    folder: Path
-    trouble: list[str]
-
-    @property
-    def holds(self) -> bool:
-        return self.verdict.holds and not self.trouble
 
 
 class Soak:
@@ -99,7 +56,7 @@ class Soak:
         self._progress = progress or (lambda soak, share: None)
         self._random = random.Random(options.seed)
         self._told: deque[tuple[Helper, dict[str, Any]]] = deque()
-        self._queue: list[dict[str, Any]] = []
+        self._jobs = Jobs(self.folder, self._random)
         self._slots = [Slot(number) for number in range(options.workers)]
         self._generations = 0
         self.kills = self.ends = self.cold_starts = self.pauses = self.gate_restarts = 0
@@ -165,12 +122,7 @@ class Soak:
             nursery.wait_ready()
 
     def _help(self, script: str, *args: str) -> Helper:
-        helper: Helper
-
-        def hear(message: dict[str, Any]) -> None:
-            self._told.append((helper, message))
-
-        helper = Helper(script, *args, hear=hear, errors=self.folder / f"{Path(script).stem}.txt")
+        helper = Helper(script, *args, heard=self._told, errors=self.folder / f"{Path(script).stem}.txt")
         self._helpers.append(helper)
         return helper
 
@@ -248,7 +200,7 @@ class Soak:
         slot.generation = self._generations
         slot.stopped, slot.asked_to_end, slot.told_stuck = False, None, False
         slot.grew_at, slot.pid = time.monotonic(), None
-        slot.jobs = [self._queue.pop(0) for _ in range(min(3, len(self._queue)))]
+        slot.jobs = self._jobs.take(3)
         concurrency = self.options.concurrency
         threads = self._random.choice((0, concurrency // 2, concurrency))
         variant = self._random.choices(list(VARIANTS), (6, 1, 2, 2, 2))[0]
@@ -259,7 +211,7 @@ class Soak:
             slot.nursery = None
             errors = self.folder / f"stderr-{slot.number}.txt"
             slot.cold = Helper(
-                "soak_worker.py", str(self.folder), json.dumps(order.dump()), hear=lambda message: None, errors=errors
+                "soak_worker.py", str(self.folder), json.dumps(order.dump()), heard=self._told, errors=errors
             )
             slot.pid = slot.cold.process.pid
             return
@@ -315,30 +267,8 @@ class Soak:
             self.kills, self.ends = self.kills + 1, self.ends - 1
         elif code not in (0, -signal.SIGKILL) or (code == 0 and not asked):
             self.trouble.append(f"the worker {slot.number}.{slot.generation} ended by itself with code {code}")
-        self._collect_jobs(slot)
+        self._jobs.collect(slot.number, slot.jobs)
         self._fill(slot)
-
-    def _collect_jobs(self, slot: Slot) -> None:
-        """What an at-least-once queue does: what was not done is given out again, and a part of what was done, too."""
-        path = self.folder / f"caller-{slot.number}.jsonl"
-        if not path.exists():
-            return
-        begun = {job["job"]: job for job in slot.jobs}
-        done: set[str] = set()
-        for record in records(path, slot.read_to):
-            if record["e"] == "job":
-                begun[record["job"]] = {name: record[name] for name in ("job", "principal", "runs")}
-                if record["s"] == "done":
-                    done.add(record["job"])
-        slot.read_to = path.stat().st_size
-        for name, job in begun.items():
-            again = {**job, "runs": job["runs"] + 1}
-            chance = self._random.random()
-            if again["runs"] > 6 or (name in done and chance > 0.15):
-                continue
-            self._queue.append(again)
-            if chance < 0.1:
-                self._queue.append(again)  # twice at once
 
     def _watch(self, now: float) -> None:
         """Tell a worker that is stuck, with what its threads do."""
@@ -449,9 +379,3 @@ class Soak:
         if not drained:
             self.trouble.append("the last process said nothing: see soak_drain.txt")
         return drained
-
-
-def tidy(result: Result) -> None:
-    """Remove the folder of a run that kept all promises, unless it was asked for."""
-    if result.holds and result.options.keep is None:
-        shutil.rmtree(result.folder, ignore_errors=True)

@@ -44,17 +44,6 @@ def new_key_on_retry() -> None:
     _replace(delivery, "settle_key", lambda row: f"{key(row)}:{row.attempts}:{next(count)}")
 
 
-def new_bytes_on_retry() -> None:
-    """A settlement is composed anew whenever it is sent, with the number of the attempt in its labels."""
-    labels = settlement.labels_of
-    _replace(settlement, "labels_of", lambda row: {**labels(row), "attempt": str(row.attempts)})
-    _replace(delivery.Delivery, "_stored_request", _composed_anew)
-
-
-def _composed_anew(self: delivery.Delivery, row: Any) -> Any:
-    return settlement.compose(row, mode="always", names=self._names(row.feature_code), priced=None)
-
-
 def every_200_is_booked() -> None:
     """HTTP 200 is taken for a charge, whatever the hints say."""
     _replace(delivery, "judge_commit", lambda result, row: Verdict("done", "booked"))
@@ -80,23 +69,9 @@ def living_journals_are_adopted() -> None:
     _replace(FileLock, "acquire", lambda self: True)
 
 
-def lost_work_is_charged() -> None:
-    """Operations whose process died are charged by their estimate."""
-
-    def died(self: OperationState) -> OperationState:
-        if self.settlement != "none" or self.admission == "denied":
-            return self
-        return replace(
-            self,
-            admission="ungated",
-            work="completed",
-            usage=TokenUsage(100, 10),
-            usage_source="estimated",
-            settlement="pending",
-            route="ingest",
-        )
-
-    _replace(OperationState, "owner_died", died)
+def aborted_work_is_charged() -> None:
+    """What was left before its end is charged by a guess."""
+    _replace(OperationState, "aborted", lambda self: self.completed(TokenUsage(100, 10), "estimated"))
 
 
 SABOTAGES: dict[str, Callable[[], None]] = {
@@ -105,12 +80,11 @@ SABOTAGES: dict[str, Callable[[], None]] = {
         no_adoption,
         usage_in_memory_only,
         new_key_on_retry,
-        new_bytes_on_retry,
         every_200_is_booked,
         one_attempt,
         cached_as_input,
         living_journals_are_adopted,
-        lost_work_is_charged,
+        aborted_work_is_charged,
     )
 }
 """By name."""

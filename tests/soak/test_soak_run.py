@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from soak_options import Options, tidy
 from soak_report import evidence, summary
-from soak_run import Options, Soak, tidy
+from soak_run import Soak
 
 SHORT = Options(
     minutes=0.75,

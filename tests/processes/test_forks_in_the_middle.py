@@ -68,7 +68,7 @@ threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(
 for thread in threads:
     thread.start()
 codes = []
-for _ in range(12):
+for _ in range(8):
     time.sleep(0.02)
     codes.append(ended(child(first_call)))
 stop = True
@@ -82,8 +82,8 @@ say([n - (n + 2) // 3 for n in made])
     )
     assert done.returncode == 0, done.stderr
     codes, of_parent = map(eval, done.stdout.splitlines())
-    assert codes == [0] * 12
-    assert charged(gate, "children") == [120] * 12
+    assert codes == [0] * 8
+    assert charged(gate, "children") == [120] * 8
     assert [len(charged(gate, f"parent_{n}")) for n in range(6)] == of_parent
     assert "internal_error" not in done.stderr
 
@@ -191,7 +191,7 @@ def test_two_threads_that_fork_at_once_do_not_wait_for_each_other_for_ever(vluna
 
 def test_what_the_parent_was_sending_at_the_fork_is_sent_by_the_parent_alone(gate: Sandbox, program: Program) -> None:
     """The child has the parent's rows, its notes and its answers in memory, and touches none of them."""
-    gate.faults.add("latency", "commits", times=None, seconds=0.5)
+    gate.faults.add("latency", "commits", times=None, seconds=0.2)
     done = program.run(
         CHILD
         + """
@@ -199,7 +199,7 @@ vluna = Vluna()
 open_in_parent = [begin(vluna) for _ in range(3)]
 for _ in range(3):
     call(vluna)
-time.sleep(0.2)  # the first is being sent
+time.sleep(0.1)  # the first is being sent
 
 def end_what_is_not_mine():
     before = left()

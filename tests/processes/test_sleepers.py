@@ -49,10 +49,10 @@ def test_an_owner_that_was_stopped_is_not_taken_for_dead_and_books_once(
         assert eventually(lambda: any(request.route == "commits" for request in gate.requests))
     sleeper.send_signal(signal.SIGSTOP)
     others = [heir() for _ in range(2)]
-    for _ in range(5):
+    for _ in range(3):
         for other in others:
             other._running()._adopt()
-        time.sleep(0.2)
+        time.sleep(0.1)
     assert all(other._running().ledger.journal.rows() == [] for other in others)
     assert charged(gate) == ([] if moment == "flight" else [120])
     (program.directory / "go").touch()

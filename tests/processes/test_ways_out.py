@@ -36,7 +36,7 @@ def test_threads_that_go_on_after_the_main_thread_have_paid(gate: Sandbox, progr
     assert files(program.outbox) == []
 
 
-@pytest.mark.parametrize("milliseconds", [0, 3, 10, 30])
+@pytest.mark.parametrize("milliseconds", [0, 7])
 def test_an_exit_in_the_middle_of_the_work_of_daemon_threads_is_silent_and_loses_nothing(
     gate: Sandbox, program: Program, heir: Callable[[], Vluna], milliseconds: int
 ) -> None:
@@ -54,7 +54,7 @@ def test_an_exit_in_the_middle_of_the_work_of_daemon_threads_is_silent_and_loses
 
         for n in range(12):
             threading.Thread(target=work, args=(n,), daemon=True).start()
-        time.sleep(0.5 + int(sys.argv[1]) / 1000)
+        time.sleep(0.3 + int(sys.argv[1]) / 1000)
         """,
         str(milliseconds),
     )
@@ -211,14 +211,14 @@ def test_a_process_that_adopts_while_it_ends_says_nothing_and_loses_nothing(
     killed = program.run(
         """
         vluna = Vluna()
-        for n in range(300):
+        for n in range(150):
             call(vluna, f"customer_{n % 7}")
         os.kill(os.getpid(), signal.SIGKILL)
         """
     )
     assert killed.returncode == -signal.SIGKILL
     gate.faults.clear()
-    for wait in (0, 0.005, 0.02, 0.05):
+    for wait in (0, 0.02):
         ended = program.run(
             "vluna = Vluna()\nvluna._running()\ntime.sleep(float(sys.argv[1]))\nvluna.close(0.0)", str(wait)
         )
@@ -226,5 +226,5 @@ def test_a_process_that_adopts_while_it_ends_says_nothing_and_loses_nothing(
         assert "Traceback" not in ended.stderr
         assert "cannot be taken over" not in ended.stderr
     vluna = heir()
-    assert eventually(lambda: vluna.flush(1) and len(charged(gate, None)) == 300, 30)
-    assert charged(gate, None) == [120] * 300
+    assert eventually(lambda: vluna.flush(1) and len(charged(gate, None)) == 150, 30)
+    assert charged(gate, None) == [120] * 150

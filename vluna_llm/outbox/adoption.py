@@ -28,6 +28,7 @@ from . import forks, schema
 from .batch import NAMES, Batch, NotYet, needs_delivery
 from .lock import FileLock
 from .row import Row, from_values, next_step
+from .salvage import finish, is_damage, salvage
 
 if TYPE_CHECKING:
     from .journal import Journal
@@ -119,18 +120,32 @@ class Adopter:
         with _locked(path) as free:
             if not free:
                 return
-            with _opened(path) as db:
+            finish(path)
+            try:
+                yield from self._empty(path, base_url, realm_id)
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
                 with forks.inside():
-                    _check(db, base_url, realm_id)
-                    arrived = self._finish_former_move(path, db)
-                    self._settle_copies(path, db)
-                    _say_moving_to(db, self._path.name)
-                yield from arrived
-                hit("adoption.announced")
-                yield from self._move(path, db, base_url, realm_id)
+                    salvaged = salvage(path)
+                if salvaged is None:
+                    raise
+                self._tell(path, f"is damaged ({error}): {salvaged}")
+                yield from self._empty(path, base_url, realm_id)
             hit("adoption.emptied")
             schema.remove(path)
             hit("adoption.removed")
+
+    def _empty(self, path: Path, base_url: str, realm_id: str) -> Iterator[Row]:
+        with _opened(path) as db:
+            with forks.inside():
+                _check(db, base_url, realm_id)
+                arrived = self._finish_former_move(path, db)
+                self._settle_copies(path, db)
+                _say_moving_to(db, self._path.name)
+            yield from arrived
+            hit("adoption.announced")
+            yield from self._move(path, db, base_url, realm_id)
 
     def _move(self, path: Path, db: sqlite3.Connection, base_url: str, realm_id: str) -> Iterator[Row]:
         after = staying = 0
@@ -285,7 +300,7 @@ def _check(db: sqlite3.Connection, base_url: str, realm_id: str) -> None:
             raise _NothingForUs
         (problem,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if problem != "ok":
-            raise sqlite3.DatabaseError(f"it is damaged: {problem}")
+            raise sqlite3.DatabaseError(" ".join(problem.split()))
     schema.migrate(db)
 
 
@@ -330,7 +345,7 @@ def _open(path: Path) -> sqlite3.Connection:
     log_file = Path(f"{path}-wal")
     if not path.stat().st_size and log_file.exists() and log_file.stat().st_size:
         # SQLite would throw the log away.
-        raise sqlite3.DatabaseError("the file is empty and its log is not")
+        raise sqlite3.InternalError("the file is empty and its log is not")
     schema.flush_log(path)  # what is about to be seen, and acted on, is there after a loss of power, too
     db = schema.connect_existing(path, _PATIENCE)
     db.execute("PRAGMA synchronous = FULL")

@@ -78,11 +78,15 @@ def connect_existing(path: Path, patience: float, *, mode: str = "rw") -> sqlite
     return db
 
 
+class NewerVersion(sqlite3.NotSupportedError):
+    """The file was written by a newer version."""
+
+
 def version_of(db: sqlite3.Connection) -> int:
-    """The file's schema version, 0 where it is empty; raises `sqlite3.DatabaseError` for one of a newer version."""
+    """The file's schema version, 0 where it is empty; raises `NewerVersion` (an `sqlite3.Error`)."""
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > SCHEMA_VERSION:
-        raise sqlite3.DatabaseError(f"written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})")
+        raise NewerVersion(f"written by a newer version (schema {version}, this one knows {SCHEMA_VERSION})")
     return int(version)
 
 
@@ -92,19 +96,24 @@ def migrate(db: sqlite3.Connection) -> None:
         return
     db.execute("BEGIN IMMEDIATE")
     try:
-        columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-        db.execute(f"CREATE TABLE IF NOT EXISTS operations ({columns})")
-        there = {column["name"] for column in db.execute("PRAGMA table_info(operations)")}
-        for name, kind in COLUMNS.items():
-            if name not in there:
-                db.execute(f"ALTER TABLE operations ADD COLUMN {name} {kind}")
-        for table in _TABLES:
-            db.execute(table)
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        create(db)
         db.execute("COMMIT")
     except BaseException:
         roll_back(db)
         raise
+
+
+def create(db: sqlite3.Connection) -> None:
+    """Make, within a transaction, what a file of this version has and this one lacks."""
+    columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+    db.execute(f"CREATE TABLE IF NOT EXISTS operations ({columns})")
+    there = {column["name"] for column in db.execute("PRAGMA table_info(operations)")}
+    for name, kind in COLUMNS.items():
+        if name not in there:
+            db.execute(f"ALTER TABLE operations ADD COLUMN {name} {kind}")
+    for table in _TABLES:
+        db.execute(table)
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def roll_back(db: sqlite3.Connection) -> None:

@@ -25,7 +25,7 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _sections() -> dict[str, Callable[[Profile], list[Figure]]]:
-    from . import crowd, first_token, local, memory, parts, streaming
+    from . import backlog, crowd, first_token, local, memory, parts, streaming
 
     return {
         "streaming": lambda profile: [
@@ -43,6 +43,10 @@ def _sections() -> dict[str, Callable[[Profile], list[Figure]]]:
             profile, apart(crowd.crowd_side, profile, "bare"), apart(crowd.crowd_side, profile, "metered")
         ),
         "loop": lambda profile: apart(crowd.loop_lag, profile),
+        "backlog": lambda profile: [
+            *apart(backlog.backlog, profile, backlog.CUSTOMERS),
+            *apart(backlog.backlog, profile, 1),
+        ],
         "estimate": lambda profile: apart(parts.estimate, profile),
         "reader": lambda profile: apart(parts.reader, profile),
     }

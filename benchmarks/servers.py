@@ -134,6 +134,9 @@ def _gate() -> None:
                 if order["authorize_latency"]:
                     gate.faults.add("latency", "authorize", times=None, seconds=order["authorize_latency"])
                 _tell({})
+            elif "away" in order:
+                gate.stop() if order["away"] else gate.start()
+                _tell({})
             else:
                 entries = [e for e in gate.booked().entries if e.principal_id.startswith(order["booked"])]
                 _tell(

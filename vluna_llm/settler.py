@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from .alarm import Alarm
 from .backlog import Backlog, Lane
 from .delivery import Courier, Delivery, Elsewhere
 from .keeper import Keeper, started
@@ -31,6 +32,7 @@ _AFTER_AN_ERROR = 60.0
 _SYNC_WITHIN = 0.05
 _TIDY_EVERY = 60.0
 _PRUNE_EVERY = 300.0
+_WATCH_EVERY = 5.0
 _KEEP_SETTLED = 3600.0
 
 
@@ -80,10 +82,11 @@ class Settler:
         self._stopping = False
         self._this_thread = threading.local()
         self.arrived = 0
-        self.delivered = 0
         self.keeper = Keeper(queue.SimpleQueue() if notes is None else notes, telemetry)
         self.keeper.every(_TIDY_EVERY, "checkpoint", self._ledger.journal.checkpoint)
         self.keeper.every(_PRUNE_EVERY, "prune", self._prune)
+        self._alarm = Alarm()
+        self.keeper.every(_WATCH_EVERY, "alarm", self._watch)
 
     # -- taking work -----------------------------------------------------------------------------------------------
 
@@ -110,11 +113,11 @@ class Settler:
         # The clock may have jumped since ``due`` was stored; to look early costs one request.
         delay = min(max(0.0, due - time.time()), LONGEST_WAIT) if due else 0.0
         with self._changed:
-            self.arrived += 1
             offer = self._backlog.offer(
                 row.operation_id, row.lane, time.monotonic(), delay, must=not self._ledger.is_stored(row.operation_id)
             )
             if offer != "known":
+                self.arrived += 1
                 self._telemetry.gauges.arrived()
             self._changed.notify()
             self._staff()
@@ -140,8 +143,8 @@ class Settler:
         if self._sharing is not None:
             here += self._sharing.outstanding
         if more:
-            counts = self._ledger.journal.counts()
-            return max(here, counts.get("pending", 0) + counts.get("sent", 0))
+            waiting = [total for total in self._ledger.journal.totals() if total.settlement in ("pending", "sent")]
+            return max(here, sum(total.count for total in waiting if total.stage is None))
         return here
 
     def flush(self, timeout: float | None) -> bool:
@@ -221,7 +224,6 @@ class Settler:
                 gone = self._backlog.done(
                     lane, operation_id, now, here, must=not self._ledger.is_stored(operation_id), away=works is False
                 )
-                self.delivered += gone and delay is None
                 if gone or delay is not None:
                     self._drained.notify_all()  # who waits sees that it is done, or that waiting is in vain
             if claimed is not None and self._sharing is not None:
@@ -351,3 +353,31 @@ class Settler:
 
     def _prune(self) -> None:
         self._ledger.journal.prune(time.time() - _KEEP_SETTLED)
+
+    def _watch(self) -> None:
+        """Tell when settlements come in faster than they go out, and when that is over (design rule 16)."""
+        arrived, depth = self.arrived, self.outstanding
+        change = self._alarm.observe(time.monotonic(), arrived, max(0, arrived - depth), depth)
+        if change is None:
+            return
+        behind = change.level == "behind"
+        left = change.seconds_to_drain
+        if behind:
+            message = (
+                f"{depth} settlements wait, {change.arrival_rate:.1f} a second come in and {change.drain_rate:.1f} go "
+                "out: they are safe in the outbox, and charged later and later. Is the gate slow, or the load too high?"
+            )
+        else:
+            message = f"settlements go out as they come in again; {depth} wait"
+        self._telemetry.emit(
+            "vluna.outbox.backlog",
+            "error" if behind else "info",
+            {
+                "vluna.outbox.level": change.level,
+                "vluna.outbox.waiting": depth,
+                "vluna.outbox.arrival_rate": round(change.arrival_rate, 3),
+                "vluna.outbox.drain_rate": round(change.drain_rate, 3),
+                "vluna.outbox.seconds_to_drain": None if left is None else round(left),
+            },
+            message=message,
+        )

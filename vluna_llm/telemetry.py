@@ -18,7 +18,8 @@ event name                           severity  when
 ``vluna.settlement.repaired``        WARN      usage of a quarantined commit was booked by ingest
 ``vluna.settlement.refused``         ERROR     the gate will not take a settlement; an operator has to look
 ``vluna.settlement.retrying``        WARN      a settlement is kept and tried again; ERROR where somebody has to act
-``vluna.settlement.ordered``         WARN      an operator ordered a retry, repair or drop; INFO where it meant nothing
+``vluna.settlement.ordered``         INFO      an operator ordered a retry, repair or drop
+``vluna.outbox.backlog``             ERROR     settlements come in faster than they go out; INFO when that is over
 ``vluna.outbox.shared_away``         ERROR     PostgreSQL cannot be used; settlements are delivered from their hosts
 ``vluna.outbox.shared_back``         INFO      PostgreSQL answers again
 ``vluna.outbox.claim_lost``          WARN      this host was away for longer than its claim: another one delivers

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from vluna_llm import TokenUsage, Vluna, call_context
+from vluna_llm.alarm import Alarm
 from vluna_llm.ending import Ending
 from vluna_llm.lifecycle import ModelCall, Operation
 from vluna_llm.sandbox import Sandbox
@@ -372,7 +373,7 @@ def test_a_page_in_the_place_of_the_prices_is_not_taken_for_no_prices(vluna: Vlu
 
 
 def test_a_gate_that_is_back_is_noticed_by_calls_and_settlements_alike(make_vluna: Any, gate: Sandbox) -> None:
-    """After a long outage each has its own reason to leave the gate alone for half a minute; the first to hear tells."""
+    """After a long outage each leaves the gate alone for half a minute; the first to hear of it tells the other."""
     vluna = make_vluna(authorize_deadline=0.2)
     gate.stop()
     for _ in range(12):
@@ -395,3 +396,26 @@ def test_a_gate_that_is_back_is_noticed_by_calls_and_settlements_alike(make_vlun
     assert vluna.flush(10)
     assert len(charged(gate)) == 24
     assert begin(vluna).lease is not None, "a settlement told the calls"
+
+
+def test_the_alarm_is_raised_while_arrivals_outrun_the_drain_and_called_off_when_it_is_over(
+    make_vluna: Any, gate: Sandbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A gate that takes half a second for each commit of one customer, who makes many calls (design rule 16)."""
+    monkeypatch.setattr("vluna_llm.settler._WATCH_EVERY", 0.1)
+    monkeypatch.setattr("vluna_llm.settler.Alarm", lambda: Alarm(floor=10, window=0.5))
+    vluna = make_vluna()
+    gate.faults.add("latency", "commits", times=None, seconds=0.2)
+    until = time.monotonic() + 10
+    with caplog.at_level(logging.ERROR, "vluna_llm"):
+        while vluna.telemetry.counts["vluna.outbox.backlog"] == 0 and time.monotonic() < until:
+            complete(vluna)
+    assert vluna.telemetry.counts["vluna.outbox.backlog"] == 1
+    (told,) = [record.getMessage() for record in caplog.records if "vluna.outbox.backlog" in record.getMessage()]
+    assert "settlements wait" in told
+    gate.faults.clear()
+    assert vluna.flush(30)
+    until = time.monotonic() + 10
+    while vluna.telemetry.counts["vluna.outbox.backlog"] == 1 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert vluna.telemetry.counts["vluna.outbox.backlog"] == 2, "and that it is over is told, too"

@@ -259,17 +259,28 @@ class _Parked(_Nobody):
         self.settle_inline = False  # type: ignore[misc]
 
     def finish(self, ending: Ending) -> None:
-        """Park it; book what is known. One that failed at once without usage is an ordinary failure."""
-        if ending.response_id is None or (ending.failed and ending.usage is None):
+        """Park it; book what is known. One that failed at once without usage is an ordinary failure.
+
+        It is never estimated: what was seen of it is no measure of what the provider goes on to spend, and a retrieve
+        will bring that.
+        """
+        if ending.failed and ending.usage is None:
             self._operation.finish(ending)
+            return
+        if ending.response_id is None:
+            self._operation.finish(ending if ending.usage is not None else _given_up(ending))
             return
         self._operation.park(ending.response_id)
         if ending.usage is not None:
             self._call.book(ending.response_id, ending.usage, None)
 
     def abandon(self, ending: Callable[[], Ending]) -> None:
-        """A forgotten stream is cancelled like any other; a later retrieve books the usage all the same."""
-        self._operation.abandon(ending)
+        """A forgotten stream is cancelled, whatever ``on_abort`` says; a later retrieve books the usage."""
+        self._operation.abandon(lambda: _given_up(ending()))
+
+
+def _given_up(ending: Ending) -> Ending:
+    return Ending(how="error", output_tokens=ending.output_tokens, response_id=ending.response_id, model=ending.model)
 
 
 class BackgroundReader(StreamReader):

@@ -204,7 +204,7 @@ class Operation:
             now = self._known(found)
             if verdict.work == "completed":
                 assert usage is not None
-                state = now.state.completed(usage, verdict.source or "provider")
+                state = now.state.completed(usage, verdict.source or "provider", shared_lease=now.derived)
             elif verdict.work == "failed":
                 state = now.state.failed()
             else:

@@ -94,11 +94,15 @@ class OperationState:
             return self
         return replace(self, work="running")
 
-    def completed(self, usage: TokenUsage, source: UsageSource) -> OperationState:
+    def completed(self, usage: TokenUsage, source: UsageSource, *, shared_lease: bool = False) -> OperationState:
         """The usage of the work is known. It outranks failure and abort until a settlement is on its way.
 
         A cancel that was composed and not sent is withdrawn; one that was sent is followed by an ingest, since the
         lease may be gone (rule 6). A usage of zero tokens charges nothing: the lease is cancelled (rule 5).
+
+        ``shared_lease``: all runs of a job have the same lease (rule 17), and another one may have been charged for it,
+        of which an ingest knows nothing. So even after a cancel a commit asks first, and is repaired where it finds the
+        lease cancelled.
         """
         if self.work == "completed" or not self.may_run or self.work == "not_started":
             return self
@@ -109,7 +113,7 @@ class OperationState:
         done = replace(self, work="completed", usage=usage, usage_source=source)
         if usage.total_tokens == 0:
             return done if self.settlement in ("pending", "sent", "lapsed") else done._without_usage()
-        if self.admission == "leased" and not self.cancel_sent and self.settlement != "lost":
+        if self.admission == "leased" and (not self.cancel_sent or shared_lease) and self.settlement != "lost":
             return replace(done, settlement="pending", route="commit")
         if self.settlement == "lost" and self.admission == "leased":
             # The owner was only asleep: nobody cancelled, the lease is as good as before.

@@ -1,0 +1,65 @@
+"""Histories that the model found, each as it was shrunk: what went wrong once is run in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from model_world import Call, World, complete
+
+from vluna_llm.ending import Ending
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with World() as made:
+        yield made
+
+
+def settle(world: World) -> None:
+    """Everything is delivered, and the books are right."""
+    world.check()
+    world.drain()
+    world.balance()
+
+
+def run_of_a_job(world: World, tokens: int) -> Call:
+    return world.begin(world.processes[0], "ann", "gpt-a", tokens, job="job-1", crash_at=None)
+
+
+def test_a_run_that_was_given_up_and_reports_usage_late_does_not_charge_the_job_again(world: World) -> None:
+    """Its lease was closed by the charge of the run before, of which the cancel's answer did not tell."""
+    process = world.start()
+    first = run_of_a_job(world, 70)
+    world.end(first, complete(70), 70)
+    process.act(lambda: process.deliver(5))
+    second = run_of_a_job(world, 140)
+    world.end(second, Ending("closed"), None)
+    process.act(lambda: process.deliver(5))
+    world.end(second, complete(140), 140)
+    settle(world)
+    assert list(world.charged().values()) == [70]
+
+
+def test_a_run_that_was_given_up_and_reports_usage_late_charges_the_job_where_no_other_did(world: World) -> None:
+    process = world.start()
+    only = run_of_a_job(world, 140)
+    world.end(only, Ending("closed"), None)
+    process.act(lambda: process.deliver(5))
+    world.end(only, complete(140), 140)
+    settle(world)
+    assert list(world.charged().values()) == [140]
+
+
+def test_a_refused_commit_that_an_operator_repairs_is_booked_by_an_ingest_with_bytes_of_its_own(world: World) -> None:
+    """The commit's bytes were kept until the books were looked at, and were then sent as the ingest's, in vain."""
+    process = world.start()
+    call = world.begin(process, "ann", "gpt-a", 70, job=None, crash_at=None)
+    world.end(call, complete(70), 70)
+    world.gate.sandbox.feature("openai.gpt-a", active=False)
+    process.act(lambda: process.deliver(1))
+    world.gate.sandbox.feature("openai.gpt-a", active=True)
+    (row,) = (row for row in world.rows() if row.state.settlement == "refused")
+    world.order(row, "repair")
+    settle(world)
+    assert list(world.charged().values()) == [70]

@@ -39,7 +39,7 @@ Fate = Literal[
 * ``request_lost``, ``answer_lost``: no answer; before or after the gate worked on it.
 * ``late``: no answer now, and the gate gets the request some time later, after others.
 * ``twice``: the gate gets it twice; the client the second answer, or none.
-* ``error_before``, ``error_after``, ``bad_gateway``, ``garbage_*``: an answer that is not the gate's, or not its usual one.
+* ``error_before``, ``error_after``, ``bad_gateway``, ``garbage_*``: an answer that is not the gate's usual one.
 * ``too_many``, ``key_refused``, ``realm_unknown``, ``misconfigured``: refused, nothing was worked on.
 """
 

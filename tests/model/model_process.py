@@ -1,4 +1,4 @@
-"""Many processes in one thread: each has the package's own `Vluna`, journal, ledger and settler, and may die at any write.
+"""Many processes in one thread: each has the package's own `Vluna`, journal and settler, and may die at any write.
 
 What is simulated is the operating system and nothing else: clocks, threads (there are none; the settler's loops are run
 step by step), the death of a process (its files are closed as the kernel would: an open transaction is gone, its locks

@@ -464,7 +464,6 @@ def dump(world: World) -> str:
             f"{row.operation_id} {state.admission} {state.work} {state.settlement} {state.route} {row.last_error}"
         )
     for rating in world.gate.sandbox._store.ratings.rows.values():
-        lines.append(
-            f"{rating.kind} {rating.idempotency_key} {rating.quantity} applied={rating.applied} {json.dumps(rating.labels)}"
-        )
+        booked = f"{rating.kind} {rating.idempotency_key} {rating.quantity} applied={rating.applied}"
+        lines.append(f"{booked} {json.dumps(rating.labels)}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A process is killed (SIGKILL) at each named moment, each in turn; a fresh one recovers; the gate's books must be right.
+"""A process is killed (SIGKILL) at each named moment in turn; a fresh one recovers; the gate's books must be right.
 
 Real processes, real HTTP, real files, and a real PostgreSQL where the moment lies on the way to it. What is right is
 told by an fsynced log of what the products saw: usage that a product was told is known is charged exactly once, usage
@@ -40,7 +40,7 @@ class Case:
 
     Attributes:
         scenario: what the process that is killed does (`failpoint_child`).
-        before: processes that died before it: what they did, and at which moment they were killed (None: by themselves).
+        before: processes that died before it: what they did, and the moment at which they were killed, if any.
         gate: how the gate behaves until the kill.
         order: what an operator orders about the rows that are left, before the process starts.
         after: what a process does between the kill and the recovery.
@@ -58,6 +58,8 @@ class Case:
 
 
 _LEFT = (("leave", None),)
+_RETRIEVED = Case("retrieved", after="retrieved")
+_REPAIR = Case("late", gate="forgets leases", nth=3)
 
 CASES: Mapping[str, tuple[Case, ...]] = {
     "admission.stored": (Case("calls"), Case("calls", nth=2)),
@@ -70,25 +72,25 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     "delivery.composed": (
         Case("calls"),
         Case("given_up"),
-        Case("retrieved", after="retrieved"),
+        _RETRIEVED,
         Case("late", gate="forgets leases", nth=3),
     ),
     "delivery.stored": (
         Case("calls"),
         Case("given_up"),
-        Case("retrieved", after="retrieved"),
+        _RETRIEVED,
         Case("late", gate="forgets leases", nth=3),
     ),
     "delivery.answered": (
         Case("calls"),
         Case("given_up"),
-        Case("retrieved", after="retrieved"),
+        _RETRIEVED,
         Case("late", gate="forgets leases"),
         Case("calls", gate="books and does not answer"),
     ),
     "delivery.kept": (Case("calls", gate="does not commit"), Case("calls", gate="books and does not answer")),
     "delivery.repaired": (Case("late", gate="forgets leases"),),
-    "delivery.finished": (Case("calls"), Case("given_up"), Case("retrieved", after="retrieved")),
+    "delivery.finished": (Case("calls"), Case("given_up"), _RETRIEVED),
     "adoption.announced": (Case("run", before=_LEFT),),
     "adoption.copied": (Case("run", before=_LEFT),),
     "adoption.deleted": (Case("run", before=_LEFT),),
@@ -213,7 +215,7 @@ def test_every_named_moment_has_a_case() -> None:
 @pytest.mark.parametrize(
     ("name", "index"),
     [(name, index) for name in CASES for index in range(len(CASES[name]))],
-    ids=lambda part: str(part),
+    ids=str,
 )
 def test_the_books_are_right_after_a_death(
     name: str, index: int, nursery: Nursery, database: Callable[[], str], tmp_path: Path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from .failpoints import hit
 from .ledger import Ledger
 from .outbox import Row
@@ -10,13 +12,14 @@ from .outbox.schema import Order
 from .reporting import attributes_of, span_of
 from .settlement import receipt_of
 from .settler import Settler
-from .telemetry import Telemetry
+from .telemetry import Telemetry, log
 
-_AT_ONCE = 500
+AT_ONCE = 2_000
+_TOGETHER = 200
 
 
-def carry_out(ledger: Ledger, settler: Settler, telemetry: Telemetry) -> int:
-    """Carry out the orders that wait in this process's journal; gives how many there were.
+def carry_out(ledger: Ledger, settler: Settler, telemetry: Telemetry, at_most: int = AT_ONCE) -> int:
+    """Carry out orders that wait in this process's journal; gives how many, at most about ``at_most``.
 
     An order is forgotten once its row is written. Dying in between, it is carried out again, which does no harm: what
     was sent meanwhile has its own key and bytes, and what is settled is not ordered about.
@@ -25,12 +28,18 @@ def carry_out(ledger: Ledger, settler: Settler, telemetry: Telemetry) -> int:
         LedgerClosed: the journal was given up; the next runtime carries them out.
     """
     orders = ledger.journal.orders()
-    for first in range(0, len(orders), _AT_ONCE):
-        batch = orders[first : first + _AT_ONCE]
-        done = [order.id for order in batch if _carried_out(order, ledger, settler, telemetry)]
+    counts: Counter[str] = Counter()
+    for first in range(0, len(orders), _TOGETHER):
+        batch = orders[first : first + _TOGETHER]
+        done = [order for order in batch if _carried_out(order, ledger, settler, telemetry)]
         hit("orders.carried_out")
-        ledger.journal.forget_orders(*done)
-    return len(orders)
+        ledger.journal.forget_orders(*(order.id for order in done))
+        counts.update(order.what for order in done)
+        if sum(counts.values()) >= at_most:
+            break
+    if counts:
+        log.warning("An operator's orders: %s.", ", ".join(f"{what} {number}" for what, number in counts.items()))
+    return sum(counts.values())
 
 
 def _carried_out(order: Order, ledger: Ledger, settler: Settler, telemetry: Telemetry) -> bool:
@@ -46,7 +55,7 @@ def _carried_out(order: Order, ledger: Ledger, settler: Settler, telemetry: Tele
     assert changed is not None
     telemetry.emit(
         "vluna.settlement.ordered",
-        "info" if refusal else "warn",
+        "info",
         {**attributes_of(row), "vluna.order": what},
         span=span_of(row),
         message=f"an operator's order, {what}: {refusal or _what_happens(changed)}",

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import queue
 import random
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -24,7 +25,7 @@ from .gate.client_async import AsyncGateClient
 from .gate.models import CancelResult, CommitResult
 from .gate.requests import GateRequest
 from .ledger import Ledger
-from .obey import carry_out
+from .obey import AT_ONCE, carry_out
 from .outbox import Journal, Row
 from .outbox.waiting import depths
 from .pricing import Price, PriceBook, Prices
@@ -42,6 +43,7 @@ from .usage.types import TokenUsage
 SETTLE_TIMEOUT = 5.0
 _ORDERS_EVERY = 2.0
 _ADOPT_AT_ONCE = 500
+_ALL = sys.maxsize
 _ADOPT_EVERY = 10.0
 """Seconds between two looks for journals of processes that died meanwhile."""
 _MAX_COUNTED_PRINCIPALS = 10_000
@@ -153,7 +155,7 @@ class Runtime:
         while batch := list(itertools.islice(adopted, _ADOPT_AT_ONCE)):
             total += len(batch)
             # An operator's orders first, which arrived with the rows: what was dropped is not delivered.
-            ordered = carry_out(self.ledger, self.settler, self.telemetry)
+            ordered = carry_out(self.ledger, self.settler, self.telemetry, _ALL)
             for row in batch:
                 now = self.ledger.get(row.operation_id) if ordered else row
                 if now is not None and now.state.settlement in ("pending", "sent"):
@@ -170,7 +172,8 @@ class Runtime:
             )
 
     def _carry_out_orders(self) -> None:
-        carry_out(self.ledger, self.settler, self.telemetry)
+        if carry_out(self.ledger, self.settler, self.telemetry) >= AT_ONCE:
+            self.settler.keeper.note(self._carry_out_orders)  # behind the notes that came meanwhile
 
     def _fetch_prices(self, feature_code: str, principal_id: str, user_id: str) -> Prices:
         meters = self.gate.meters(

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -38,6 +38,7 @@ from .selection import Entry, shared_outbox, short_ids
 
 _LOOK_EVERY = 0.2
 _CLOSE_WITHIN = 2.0
+_SHOWN = 100
 
 End = Literal["settled", "waits", "not done", "unreadable"]
 
@@ -83,14 +84,19 @@ def show_outcomes(console: Console, outcomes: Sequence[Outcome], *, as_json: boo
         console.print("Nothing waits that is meant by this.")
     else:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        shown = sorted(outcomes, key=lambda one: one.end == "settled")[:_SHOWN]
         table.add_column("operation", no_wrap=True)
         table.add_column("now", no_wrap=True)
         table.add_column("what became of it", overflow="fold", ratio=1)
         ids = short_ids([one.operation_id for one in outcomes])
-        for one in outcomes:
+        for one in shown:
             style = "green" if one.end == "settled" else "yellow"
             table.add_row(ids[one.operation_id], Text(one.end, style=style), Text(one.said))
         console.print(table)
+        counts = Counter(one.end for one in outcomes)
+        more = f"... and {len(outcomes) - len(shown)} more. " if len(outcomes) > len(shown) else ""
+        summary = ", ".join(f"{number} {end}" for end, number in counts.items())
+        console.print(f"{more}{len(outcomes)} ordered: {summary}.", highlight=False)
     if any(one.end == "unreadable" for one in outcomes):
         return CANNOT_READ
     return NOTHING_WAITS if all(one.end == "settled" for one in outcomes) else SOMETHING_WAITS

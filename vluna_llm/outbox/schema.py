@@ -29,6 +29,7 @@ _CHECKPOINT_AT_LAST = 20_000
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT)",
     "CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, operation_id TEXT, what TEXT, at REAL)",
+    "CREATE INDEX IF NOT EXISTS orders_of_operations ON orders (operation_id)",
 )
 """``about`` holds what is true of the file, as ``moving_to``; ``orders`` what an operator wants done with a row."""
 

@@ -121,6 +121,8 @@ class Sharing:
         self._outages = 0
         self._new: deque[str] = deque()  # never offered
         self._unsure: deque[str] = deque()  # offered, perhaps
+        self._in_batch = 0  # taken from these two, and being copied at this moment
+        self._unstorable: set[str] = set()
         self._more = True  # the journal may hold rows that were never offered
         self._waiting: OrderedDict[str, float] = OrderedDict()  # shared, and when the next attempt is due
         self._more_waiting = False
@@ -192,12 +194,12 @@ class Sharing:
     def outstanding(self) -> int:
         """How many rows of this process are on their way through the shared outbox."""
         with self._guard:
-            return len(self._new) + len(self._unsure) + len(self._waiting) + self._more_waiting
+            return len(self._new) + len(self._unsure) + self._in_batch + len(self._waiting) + self._more_waiting
 
     def in_vain(self, seconds: float, gate_away_for: float) -> bool:
         """Whether waiting for so long is in vain: all is in PostgreSQL, and tried again later than that."""
         with self._guard:
-            if self._new or self._unsure:
+            if self._new or self._unsure or self._in_batch:
                 return False
             until = time.monotonic() + seconds
             return gate_away_for > seconds or (
@@ -348,6 +350,13 @@ class Sharing:
         with self._guard:
             unsure = [self._unsure.popleft() for _ in range(min(_BATCH, len(self._unsure)))]
             new = [self._new.popleft() for _ in range(min(_BATCH, len(self._new)))]
+            self._in_batch = len(unsure) + len(new)
+        try:
+            return self._share_batch(unsure, new)
+        finally:
+            self._in_batch = 0
+
+    def _share_batch(self, unsure: Sequence[str], new: Sequence[str]) -> bool:
         if not unsure and not new:
             return False
         rows = [row for key in (*unsure, *new) if (row := self._marked(key)) is not None]
@@ -386,6 +395,7 @@ class Sharing:
 
     def _never(self, row: Row) -> None:
         """PostgreSQL cannot hold this row, and has not: it is delivered from here."""
+        self._unstorable.add(row.operation_id)
         here = self._ledger.apply(row.operation_id, _with_stage(None))
         if here is not None and self._workers is not None:
             self._workers.deliver_here([here])
@@ -395,6 +405,7 @@ class Sharing:
 
         def mark(now: Row) -> Row:
             ours = now.stage is None and now.arrived_from is None and now.state.route != "cancel"
+            ours = ours and operation_id not in self._unstorable
             return now.evolve(stage="sharing") if ours and now.state.settlement in _UNDELIVERED else now
 
         before = self._ledger.get(operation_id)
@@ -452,9 +463,9 @@ class Sharing:
             self._due["renew"] = now + self._ttl / 3
             self._forgotten = False
         away = self._workers.gate_away_for()
-        if away is not None:
+        if away:
             self._give_back(self.claims.idle())  # a host that reaches the gate may take them
-        else:
+        elif away is None:
             self._read(self.claims.empty(), _ROWS_OF_A_LANE)
         probe = away is not None
         room = (1 if probe else _LANES) - len(self.claims)

@@ -1,0 +1,393 @@
+"""The coordinator of one process, against a real PostgreSQL and workers that only take notes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("psycopg", reason="psycopg (the extra 'postgres') is not installed")
+
+import psycopg
+
+from vluna_llm import sharing as sharing_module
+from vluna_llm.context import Scope
+from vluna_llm.errors import ConfigurationError, OutboxUnavailable
+from vluna_llm.ledger import Ledger
+from vluna_llm.operation import OperationState
+from vluna_llm.outbox import Journal, Row
+from vluna_llm.outbox.postgres import Claim, SharedOutbox
+from vluna_llm.sharing import Sharing, load_driver
+from vluna_llm.telemetry import Telemetry
+from vluna_llm.usage import TokenUsage
+
+GATE, REALM = "https://gate/mgt/v1", "realm"
+PENDING = OperationState().leased("lease_token").started().completed(TokenUsage(10, 5), "provider")
+BOOKED = json.dumps({"state": "booked", "amount_xusd": 42, "charged_xusd": 42, "commit_id": "c-1"})
+
+
+def row(operation_id: str = "op-1", principal: str = "ann", **changes: object) -> Row:
+    made = Row(
+        operation_id=operation_id,
+        base_url=GATE,
+        realm_id=REALM,
+        pid=7,
+        principal_id=principal,
+        user_id=principal,
+        feature_code="openai.gpt-4o",
+        created_at=1000.0,
+        authorize_key=f"{operation_id}:auth",
+        settle_key=operation_id,
+        state=PENDING,
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def until(true: Callable[[], bool], what: str = "", seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, what or "not in time"
+        time.sleep(0.01)
+
+
+class Workers:
+    """Takes notes of what it is to deliver."""
+
+    def __init__(self) -> None:
+        self.fed: list[Row] = []
+        self.here: list[Row] = []
+        self.busy: set[str] = set()
+        self.away: float | None = None
+        self.settled = 0
+        self.reads = 0
+
+    def feed(self, rows: Sequence[Row]) -> None:
+        self.fed += rows
+
+    def deliver_here(self, rows: Sequence[Row]) -> None:
+        self.here += rows
+
+    def read_again(self) -> None:
+        self.reads += 1
+
+    def delivering(self, operation_id: str) -> bool:
+        return operation_id in self.busy
+
+    def gate_away_for(self) -> float | None:
+        return self.away
+
+    def settled_elsewhere(self) -> None:
+        self.settled += 1
+
+
+class Process:
+    """One process: its ledger, its coordinator, its workers, and a look into PostgreSQL from outside."""
+
+    def __init__(self, directory: Path | None, database: str) -> None:
+        self.telemetry = Telemetry()
+        self.ledger = Ledger(Journal(directory), self.telemetry)
+        self.workers = Workers()
+        self.sharing = Sharing(SharedOutbox(database, GATE, REALM), self.ledger, self.telemetry, ttl=2.0)
+        self.other = SharedOutbox(database, GATE, REALM)
+
+    def add(self, *rows: Row) -> None:
+        for one in rows:
+            self.ledger.open(one, (), 0)
+            assert self.sharing.take(one)
+
+    def stage(self, operation_id: str = "op-1") -> tuple[str | None, str]:
+        found = self.ledger.get(operation_id)
+        assert found is not None
+        return found.stage, found.state.settlement
+
+    def elsewhere(self, operation_id: str, state: OperationState, receipt: str | None = BOOKED) -> None:
+        """Another host delivers the row."""
+        claims: list[Claim] = []
+        until(lambda: bool(claims.extend(self.other.claim("other", 16, 30.0)) or claims), "the other host has the lane")
+        found = self.other.get(operation_id)
+        assert found is not None
+        (claim,) = (one for one in claims if one.lane == found.lane)
+        self.other.update(claim, found, found.evolve(state=state, receipt=receipt))
+        self.other.release(claims)
+
+    def end(self) -> None:
+        self.sharing.stop(10)
+        self.ledger.close()
+        self.other.close()
+
+
+@pytest.fixture
+def process(tmp_path: Path, database: str) -> Iterator[Process]:
+    made = Process(tmp_path, database)
+    made.sharing.start(made.workers)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def idle(tmp_path: Path, database: str) -> Iterator[Process]:
+    """A process whose gate is away, so that it claims nothing and others deliver."""
+    made = Process(tmp_path, database)
+    made.workers.away = 60.0
+    made.sharing.start(made.workers)
+    yield made
+    made.end()
+
+
+def lanes_held(psql: Any) -> int:
+    return int(psql.execute("SELECT count(*) FROM vluna_llm_lanes WHERE owner IS NOT NULL").fetchone()[0])
+
+
+# -- sharing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_shared_and_fed_to_the_workers_under_a_claim(process: Process, psql: Any) -> None:
+    process.add(row(), row("op-2"), row("op-3", "bob"))
+    until(lambda: len(process.workers.fed) == 3)
+    assert [process.stage(key) for key in ("op-1", "op-2", "op-3")] == [("shared", "pending")] * 3
+    assert all(one.stage is None for one in process.workers.fed)
+    assert lanes_held(psql) == 2
+    assert process.sharing.outstanding == 3
+    process.end()
+    assert lanes_held(psql) == 0
+
+
+def test_a_row_without_money_or_without_a_journal_is_delivered_from_here(process: Process) -> None:
+    cancelled = OperationState().leased("lease_token").started().failed()
+    assert cancelled.route == "cancel"
+    assert not process.sharing.take(row(state=cancelled))
+    process.ledger.keep_in_memory(row("op-2"), (), 0)
+    assert not process.sharing.take(row("op-2"))
+
+
+def test_a_row_that_is_being_sent_from_here_is_not_shared(process: Process) -> None:
+    """It had been delivered from here while PostgreSQL was away; the worker is waiting for the gate's answer."""
+    process.workers.busy.add("op-1")
+    process.add(row(state=PENDING.sent(), body=b"{}", path="/gate/commits"))
+    process.add(row("op-2"))
+    until(lambda: process.stage("op-2")[0] == "shared")
+    assert process.stage("op-1") == (None, "sent")
+    assert process.other.get("op-1") is None
+    process.workers.busy.clear()
+    found = process.ledger.get("op-1")
+    assert found is not None
+    assert process.sharing.take(found)
+    until(lambda: process.stage("op-1")[0] == "shared")
+    shared = process.other.get("op-1")
+    assert shared is not None
+    assert shared.body == b"{}"
+
+
+def test_a_row_that_postgresql_cannot_hold_is_delivered_from_here(process: Process) -> None:
+    process.add(row("op-1", model="a\0b"), row("op-2"))
+    until(lambda: process.stage("op-2")[0] == "shared")
+    until(lambda: [one.operation_id for one in process.workers.here] == ["op-1"])
+    assert process.stage("op-1") == (None, "pending")
+    assert process.sharing.outstanding == 1
+
+
+def test_more_rows_than_memory_holds_are_shared_and_followed_all_the_same(
+    idle: Process, monkeypatch: pytest.MonkeyPatch, psql: Any
+) -> None:
+    monkeypatch.setattr(sharing_module, "_HELD_IN_MEMORY", 20)
+    monkeypatch.setattr(sharing_module, "_BATCH", 10)
+    idle.add(*(row(f"op-{number}", f"customer-{number % 7}") for number in range(100)))
+    keys = [f"op-{number}" for number in range(100)]
+    until(lambda: not idle.other.ended(keys).missing)
+    assert len(idle.sharing._waiting) <= 30
+    psql.execute("UPDATE vluna_llm_operations SET settlement = 'booked'")
+    until(lambda: idle.workers.settled == 100, "all followed")
+    until(lambda: idle.sharing.outstanding == 0, "nothing is left")
+
+
+def test_rows_in_memory_are_shared_too(database: str) -> None:
+    """The journal is in memory: the shared outbox is all that outlives the process."""
+    process = Process(None, database)
+    process.sharing.start(process.workers)
+    process.add(row())
+    until(lambda: process.other.get("op-1") is not None)
+    process.end()
+
+
+# -- the gate is away ------------------------------------------------------------------------------------------------
+
+
+def test_a_host_that_does_not_reach_the_gate_gives_its_lanes_back(process: Process, psql: Any) -> None:
+    process.add(row())
+    until(lambda: len(process.workers.fed) == 1)
+    process.workers.away = 30.0
+    until(lambda: lanes_held(psql) == 0, "given back")
+    assert len(process.other.claim("other", 8, 30.0)) == 1
+    assert process.sharing.store_of("op-1", ("ann", "ann")) is None
+
+
+def test_one_row_finds_out_whether_the_gate_is_back(idle: Process, psql: Any) -> None:
+    idle.add(*(row(f"op-{number}", f"customer-{number % 3}") for number in range(9)))
+    until(lambda: idle.stage("op-8")[0] == "shared")
+    assert idle.workers.fed == []
+    idle.workers.away = 0.0
+    until(lambda: len(idle.workers.fed) == 1)
+    time.sleep(1.5)
+    assert len(idle.workers.fed) == 1
+    assert lanes_held(psql) <= 1
+    idle.workers.away = None
+    (probe,) = idle.workers.fed
+    assert idle.sharing.store_of(probe.operation_id, probe.lane) is not None
+    idle.sharing.attempted(probe.operation_id, probe.lane, None)
+    until(lambda: len({one.operation_id for one in idle.workers.fed}) == 9)
+
+
+# -- what becomes of rows --------------------------------------------------------------------------------------------
+
+
+def test_the_receipt_of_another_host_reaches_who_waits(idle: Process) -> None:
+    scope = Scope()
+    waiting = row()
+    idle.ledger.open(waiting, (scope,), 7)
+    assert idle.sharing.take(waiting)
+    until(lambda: idle.stage() == ("shared", "pending"))
+    hint = {"type": "quota.remaining", "remaining": 5}
+    told = {**json.loads(BOOKED), "detail": "no price for x: these lines were booked as 0", "hints": [hint]}
+    idle.elsewhere("op-1", PENDING.sent().booked(), json.dumps(told))
+    until(lambda: idle.stage() == ("shared", "booked"))
+    assert scope.wait(5)
+    (receipt,) = scope.receipts
+    assert (receipt.state, receipt.charged_xusd, receipt.commit_id) == ("booked", 42, "c-1")
+    assert (receipt.input_tokens, receipt.output_tokens) == (10, 5)
+    assert [one.as_dict() for one in receipt.hints] == [hint]
+    assert receipt.detail == told["detail"]
+    assert (idle.workers.settled, idle.sharing.outstanding) == (1, 0)
+
+
+def test_what_another_host_put_aside_is_followed_until_it_is_mended(
+    idle: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing_module, "_FOLLOW_EVERY", 0.2)
+    idle.sharing._due["follow"] = 0.0
+    idle.add(row())
+    until(lambda: idle.stage()[0] == "shared")
+    quarantined = PENDING.sent().quarantined()
+    idle.elsewhere("op-1", quarantined, json.dumps({"state": "quarantined", "charged_xusd": 0}))
+    until(lambda: idle.stage() == ("shared", "quarantined"))
+    there = idle.other.get("op-1")
+    assert there is not None
+    mended = dataclasses.replace(quarantined, settlement="rebooked", route="ingest")
+    assert idle.other.reopen(there, there.evolve(state=mended, receipt=BOOKED))
+    until(lambda: idle.stage() == ("shared", "rebooked"))
+
+
+def test_an_operator_reopens_a_row_where_it_is_delivered(idle: Process) -> None:
+    idle.add(row())
+    until(lambda: idle.stage()[0] == "shared")
+    idle.elsewhere("op-1", PENDING.sent().refused(), json.dumps({"state": "refused"}))
+    until(lambda: idle.stage() == ("shared", "refused"))
+    reopened = idle.sharing.reopen("op-1", lambda now: now.evolve(state=now.state.retry(), attempts=0))
+    assert reopened is not None
+    assert idle.stage() == ("shared", "pending")
+    assert idle.sharing.outstanding == 1
+    idle.elsewhere("op-1", PENDING.sent().booked())
+    until(lambda: idle.stage() == ("shared", "booked"))
+    assert idle.sharing.reopen("op-9", lambda now: now.evolve(attempts=1)) is None
+    assert idle.sharing.reopen("op-1", lambda now: now) is not None
+
+
+def test_an_operators_change_waits_while_the_lane_is_being_delivered(process: Process) -> None:
+    process.add(row())
+    until(lambda: len(process.workers.fed) == 1)
+    with pytest.raises(OutboxUnavailable, match="being delivered"):
+        process.sharing.reopen("op-1", lambda now: now.evolve(attempts=9))
+
+
+def test_a_database_that_was_set_back_gets_the_rows_again(idle: Process, psql: Any) -> None:
+    idle.add(row())
+    until(lambda: idle.stage()[0] == "shared")
+    psql.execute("TRUNCATE vluna_llm_operations, vluna_llm_lanes")
+    until(lambda: idle.other.get("op-1") is not None)
+    idle.elsewhere("op-1", PENDING.sent().booked())
+    until(lambda: idle.stage() == ("shared", "booked"))
+
+
+# -- PostgreSQL is away ----------------------------------------------------------------------------------------------
+
+
+class Outage:
+    """Nobody may connect to the database, and nobody is."""
+
+    def __init__(self, server: Any, database: str) -> None:
+        self._uri = server.get_uri()
+        self._name = database.partition("@/")[2].partition("?")[0]
+
+    def __enter__(self) -> None:
+        self._allow("false")
+        with psycopg.connect(self._uri, autocommit=True) as db:
+            db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (self._name,))
+
+    def __exit__(self, *_: object) -> None:
+        self._allow("true")
+
+    def _allow(self, what: str) -> None:
+        with psycopg.connect(self._uri, autocommit=True) as db:
+            db.execute(f"ALTER DATABASE {self._name} ALLOW_CONNECTIONS {what}")
+
+
+def test_an_outage_is_told_once_and_ends(
+    process: Process, postgres: Any, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that come in meanwhile are delivered from here; those that nobody delivered by its end are shared then."""
+    monkeypatch.setattr(sharing_module, "_AWAY", (0.2, 0.2))
+    process.add(row())
+    until(lambda: len(process.workers.fed) == 1)
+    with Outage(postgres, database):
+        until(lambda: process.telemetry.counts["vluna.outbox.shared_away"] == 1)
+        process.ledger.open(row("op-2"), (), 0)
+        assert not process.sharing.take(row("op-2"))
+        process.ledger.open(row("op-3", stage="sharing"), (), 0)
+        assert process.sharing.take(row("op-3", stage="sharing"))  # whether PostgreSQL has it is not known: it waits
+        time.sleep(1.0)
+        assert process.telemetry.counts["vluna.outbox.shared_away"] == 1
+        assert process.telemetry.counts["vluna.outbox.shared_back"] == 0
+        assert process.workers.reads >= 1
+    until(lambda: process.stage("op-2")[0] == process.stage("op-3")[0] == "shared")
+    assert process.telemetry.counts["vluna.outbox.shared_back"] == 1
+    assert process.telemetry.counts["vluna.internal_error"] == 0
+
+
+def test_lanes_that_were_forgotten_in_an_outage_are_free_at_once(
+    process: Process, postgres: Any, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL took a claim for us whose answer never came; nobody waits until it runs out."""
+    monkeypatch.setattr(sharing_module, "_AWAY", (0.2, 0.2))
+    until(lambda: process.other.totals() == [])
+    process.other.offer([row()], "host")
+    process.other.claim(process.sharing.owner, 8, 3_600.0)
+    with Outage(postgres, database):
+        until(lambda: process.telemetry.counts["vluna.outbox.shared_away"] == 1)
+    until(lambda: len(process.workers.fed) == 1)
+
+
+def test_what_is_settled_here_under_a_claim_is_settled_in_the_journal(process: Process) -> None:
+    from vluna_llm.settlement import receipt_of
+
+    process.add(row())
+    until(lambda: len(process.workers.fed) == 1)
+    store = process.sharing.store_of("op-1", ("ann", "ann"))
+    assert store is not None
+    ended = store.apply("op-1", lambda now: now.evolve(state=PENDING.sent().booked(), receipt=BOOKED))
+    assert ended is not None
+    store.settled(ended, receipt_of(ended, "booked", None, None))
+    process.sharing.attempted("op-1", ("ann", "ann"), None)
+    assert process.stage() == ("shared", "booked")
+    assert process.sharing.outstanding == 0
+
+
+def test_a_missing_driver_is_one_sentence_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigurationError, match=r'pip install "vluna-llm\[postgres\]"'):
+        load_driver()

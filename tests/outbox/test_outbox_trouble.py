@@ -305,27 +305,30 @@ def _three_journals(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "logged", "told"),
     [
-        (_no_header, "not a database"),
-        (_cut_short, "malformed"),
-        (_scribbled(4), "Page 4"),
-        (_newer, "newer version"),
+        (_no_header, 0, "not a database"),
+        (_cut_short, 0, "malformed"),
+        (_scribbled(4), 3, "Page 4"),
+        (_newer, 0, "newer version"),
     ],
     ids=["header", "cut short", "about", "newer"],
 )
 def test_a_file_that_cannot_be_read_is_told_and_left_as_it_is(
-    directory: Path, damage: Callable[[Path], None], told: str, caplog: pytest.LogCaptureFixture
+    directory: Path, damage: Callable[[Path], None], logged: int, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The files before and after it in the directory are taken over all the same; it is told once, not every time."""
     path = _three_journals(directory)
+    if logged:
+        assert killed(lambda: _append(path, many(logged, "more")))
     damage(path)
-    bytes_before = path.read_bytes()
+    before = {name: Path(name).read_bytes() for name in (str(path), f"{path}-wal") if Path(name).exists()}
+    assert len(before) == (2 if logged else 1)
     heir = Journal(directory)
     with caplog.at_level(logging.ERROR):
         given = [heir.adopt(GATE, REALM) for _ in range(3)]
     assert [[each.operation_id for each in one] for one in given] == [["before", "after"], [], []]
-    assert path.read_bytes() == bytes_before
+    assert {name: Path(name).read_bytes() for name in before} == before
     (record,) = caplog.records
     assert path.name in record.getMessage()
     assert told in record.getMessage()

@@ -137,9 +137,13 @@ class Adopter:
             hit("adoption.removed")
 
     def _empty(self, path: Path, base_url: str, realm_id: str) -> Iterator[Row]:
+        # Looked at first, without a write: closing the other kind of connection writes the log into the file.
+        half_made = Path(f"{path}-journal").exists()
+        with _opened(path, "rw" if half_made else "ro") as db, forks.inside():
+            _check(db, base_url, realm_id)
         with _opened(path) as db:
             with forks.inside():
-                _check(db, base_url, realm_id)
+                schema.migrate(db)
                 arrived = self._finish_former_move(path, db)
                 self._settle_copies(path, db)
                 _say_moving_to(db, self._path.name)
@@ -292,7 +296,7 @@ def _resolve(begin: Begin, originals: sqlite3.Connection | None, name: str) -> l
 
 
 def _check(db: sqlite3.Connection, base_url: str, realm_id: str) -> None:
-    """Whether the file is whole and holds anything for us; brings it up to date where it does."""
+    """Whether the file is whole and holds anything for us."""
     if schema.version_of(db):
         ours = "SELECT 1 FROM operations WHERE base_url = ? AND realm_id = ? LIMIT 1"
         some = "SELECT 1 FROM operations LIMIT 1"
@@ -301,7 +305,6 @@ def _check(db: sqlite3.Connection, base_url: str, realm_id: str) -> None:
         (problem,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if problem != "ok":
             raise sqlite3.DatabaseError(" ".join(problem.split()))
-    schema.migrate(db)
 
 
 def _say_moving_to(db: sqlite3.Connection, name: str | None) -> None:
@@ -341,21 +344,21 @@ def _locked(path: Path) -> Iterator[bool]:
         lock.release(remove=not path.exists())
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _open(path: Path, mode: str = "rw") -> sqlite3.Connection:
     log_file = Path(f"{path}-wal")
     if not path.stat().st_size and log_file.exists() and log_file.stat().st_size:
         # SQLite would throw the log away.
         raise sqlite3.InternalError("the file is empty and its log is not")
     schema.flush_log(path)  # what is about to be seen, and acted on, is there after a loss of power, too
-    db = schema.connect_existing(path, _PATIENCE)
+    db = schema.connect_existing(path, _PATIENCE, mode=mode)
     db.execute("PRAGMA synchronous = FULL")
     return db
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+def _opened(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
     with forks.inside():
-        db = _open(path)
+        db = _open(path, mode)
     try:
         yield db
     finally:

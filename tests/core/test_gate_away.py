@@ -316,6 +316,20 @@ def test_changes_are_told_once_however_many_threads_report() -> None:
         assert told == ["open", "closed"]
 
 
+def test_an_opening_in_the_middle_of_an_opening_is_told_once() -> None:
+    """What another thread does between our look at the state and our change of it, done here by the jitter."""
+    told: list[str] = []
+
+    def jitter() -> float:
+        if not told:
+            breaker.failed(0.0)
+        return 0.5
+
+    breaker = Breaker(threshold=1, jitter=jitter, changed=told.append)
+    breaker.failed(0.0)
+    assert told == ["open"]
+
+
 # -- caps --------------------------------------------------------------------------------------------------------------
 
 

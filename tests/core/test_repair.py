@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from vluna_llm import TokenUsage, Vluna, call_context
 from vluna_llm.books import Booking, Books, judge_books, read_books
 from vluna_llm.ending import Ending
-from vluna_llm.errors import GateError, GateUnavailable
+from vluna_llm.errors import GateAuthError, GateError, GateUnavailable
 from vluna_llm.gate import answers
 from vluna_llm.gate.wire import Answer
 from vluna_llm.lifecycle import ModelCall, Operation
@@ -504,6 +505,46 @@ def test_a_lease_with_too_many_ratings_is_for_a_person(vluna: Vluna, gate: Sandb
         vluna.gate.commit(lease=operation.lease, principal_id="ann", quantity=n + 1)
     row = row_of().evolve(lease_id=operation.lease.lease_id)
     assert read_books(vluna.gate, row).gap == "there are 22 ratings"
+
+
+@pytest.mark.parametrize(
+    ("route", "status", "body", "raised"),
+    [
+        ("ratings", 401, '{"ok":false,"code":"AUTH.SERVICE_KEY_NOT_FOUND","message":"who?"}', GateAuthError),
+        ("ratings", 404, "<html>nothing here</html>", GateUnavailable),
+        ("ratings", 200, "<html>hello</html>", GateUnavailable),
+        ("allocations", 200, "<html>hello</html>", GateUnavailable),
+        ("allocations", 502, "", GateUnavailable),
+    ],
+)
+def test_books_that_cannot_be_read_now_are_no_books(
+    vluna: Vluna, gate: Sandbox, route: Any, status: int, body: str, raised: type[Exception]
+) -> None:
+    operation = begin(vluna)
+    use_up_the_lease(vluna, operation, uncharged=False, gate=gate)
+    assert operation.lease is not None
+    row = row_of().evolve(lease_id=operation.lease.lease_id)
+    assert [found.charged_xusd for found in read_books(vluna.gate, row).bookings] == [gate.booked("ann").charged_xusd]
+    gate.faults.add("status", route, status=status, body=body)
+    with pytest.raises(raised):
+        read_books(vluna.gate, row)
+
+
+def test_an_ingest_of_somebody_else_at_the_same_moment_is_none_of_ours(vluna: Vluna, gate: Sandbox) -> None:
+    begin(vluna, "eve").fail()
+    moment = datetime(2026, 11, 21, 8, 0, 0, 123_000, timezone.utc)
+    for principal, operation_id in (("eve", "op-2"), ("ann", "op-1")):
+        row = row_of("ingest").evolve(body=b'{"occurred_at": "2026-11-21T08:00:00.123Z"}', lease_id=None)
+        found = read_books(vluna.gate, row)
+        assert (found.bookings, found.may_read) == ((), principal == "ann")
+        vluna.gate.ingest(
+            principal_id=principal,
+            feature_code=FEATURE,
+            quantity=9,
+            occurred_at=moment,
+            labels={"operation_id": operation_id},
+        )
+    assert [(one.operation_id, one.charged) for one in read_books(vluna.gate, row).bookings] == [("op-1", True)]
 
 
 def test_a_gate_whose_leases_have_no_id_is_asked_by_the_commit(make_vluna: Callable[..., Vluna]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from .errors import OutboxUnavailable
 from .failpoints import hit
 from .ledger import Ledger
 from .outbox import Row
@@ -50,9 +51,18 @@ def _carried_out(order: Order, ledger: Ledger, settler: Settler, telemetry: Tele
         return True  # of another version, or settled and pruned since
     if row.arrived_from is not None:
         return False
-    refusal = why_not(row, what)
-    changed = ledger.apply(row.operation_id, lambda now: ordered(now, what))
-    assert changed is not None
+    if row.stage is None:
+        seen, changed = row, ledger.apply(row.operation_id, lambda now: ordered(now, what))
+        assert changed is not None
+    else:
+        try:
+            there = settler.reopen(row.operation_id, lambda now: ordered(now, what))
+        except OutboxUnavailable:
+            return False  # PostgreSQL is away, or a host delivers the lane at this moment: tried again in a moment
+        if there is None:
+            return False  # on its way to PostgreSQL
+        seen, changed = there
+    refusal = why_not(seen, what)
     telemetry.emit(
         "vluna.settlement.ordered",
         "info",
@@ -61,7 +71,8 @@ def _carried_out(order: Order, ledger: Ledger, settler: Settler, telemetry: Tele
         message=f"an operator's order, {what}: {refusal or _what_happens(changed)}",
     )
     if changed.state.settlement in ("pending", "sent"):
-        settler.enqueue(changed)
+        if row.stage is None:
+            settler.enqueue(changed)
     elif what == "drop" and not refusal:
         telemetry.gauges.delivered("lapsed", changed.state.route)
         ledger.settled(changed, receipt_of(changed, "lapsed", None, changed.last_error))

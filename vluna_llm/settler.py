@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from .alarm import Alarm
 from .backlog import Backlog, Lane
 from .delivery import Courier, Delivery, Elsewhere
+from .errors import OutboxUnavailable
 from .keeper import Keeper, started
 from .ledger import Ledger, LedgerClosed
 from .outbox import DueRows, Row
@@ -320,6 +321,16 @@ class Settler:
         """Rows have come that are or may be in the shared outbox, and are delivered from there."""
         if self._sharing is not None:
             self._sharing.recall()
+
+    def reopen(self, operation_id: str, ordered: Callable[[Row], Row]) -> tuple[Row, Row] | None:
+        """Change a row of the shared outbox as an operator ordered it (`vluna_llm.sharing.Sharing.reopen`).
+
+        Raises:
+            OutboxUnavailable: that cannot be done now.
+        """
+        if self._sharing is None:
+            raise OutboxUnavailable("VLUNA_LLM_OUTBOX_SHARED is not set, and the row is in the shared outbox")
+        return self._sharing.reopen(operation_id, ordered)
 
     def read_again(self) -> None:
         """The journal holds rows that are to be delivered from here and are not in memory."""

@@ -211,8 +211,8 @@ class Sharing:
         """The locks of this class and what it uses (`vluna_llm.reentry`)."""
         return self._guard, self.claims.lock, self._shared.lock
 
-    def reopen(self, operation_id: str, ordered: Callable[[Row], Row]) -> Row | None:
-        """Change a row in PostgreSQL as an operator ordered it; gives it as it now stands, None where it is not there.
+    def reopen(self, operation_id: str, ordered: Callable[[Row], Row]) -> tuple[Row, Row] | None:
+        """Change a row in PostgreSQL as an operator ordered it; gives it before and after, None where it is not there.
 
         Raises:
             OutboxUnavailable: PostgreSQL is away, or somebody is delivering its lane at this moment; to be tried again.
@@ -222,7 +222,7 @@ class Sharing:
             return None
         new = ordered(old)
         if new is old:
-            return old
+            return old, old
         if not self._shared.reopen(old, new):
             raise OutboxUnavailable(f"the lane of {operation_id} is being delivered at this moment")
 
@@ -235,7 +235,7 @@ class Sharing:
                 self._wait_for(operation_id)
             self._due["claim"] = 0.0
         self._wake.set()
-        return new
+        return old, new
 
     def stop(self, timeout: float) -> None:
         """Give the lanes back and end the thread, within ``timeout`` seconds."""

@@ -22,6 +22,7 @@ from host import TOKENS, Host
 
 from vluna_llm.operation import OperationState
 from vluna_llm.outbox import Row
+from vluna_llm.outbox.orders import place
 from vluna_llm.sandbox import Sandbox
 from vluna_llm.usage import TokenUsage
 
@@ -118,6 +119,22 @@ def test_a_host_that_dies_between_two_writes_is_followed_by_one_that_finds_every
     assert set(left) == {1}
     assert {state for _, _, state in after.ask("stages")} <= {"booked", "lost"}
     assert "vluna.settlement.refused" not in after.ask("counts")
+
+
+def test_an_order_reaches_a_row_that_is_in_postgresql(gate: Sandbox, start: Start) -> None:
+    """The gate refused it; the operator mends the feature and orders a retry, in the journal of its host."""
+    host = start("a")
+    host.ask("start")
+    body = b'{"ok":false,"code":"RESOURCE.NOT_FOUND","message":"feature inactive","meta":{"status":422}}'
+    refusing = gate.faults.add("status", "commits", times=None, status=422, body=body)
+    host.ask("work", customers=["ann"])
+    until(lambda: [row[1:] for row in host.ask("stages")] == [["shared", "refused"]], "refused")
+    ((operation_id, _, _),) = host.ask("stages")
+    (journal,) = host.outbox.glob("journal-*.sqlite3")
+    gate.faults.remove(refusing)
+    place(journal, [(operation_id, "retry")])
+    assert_booked_once(gate, 1)
+    until(lambda: [row[1:] for row in host.ask("stages")] == [["shared", "booked"]], "followed")
 
 
 # -- a host goes away ------------------------------------------------------------------------------------------------

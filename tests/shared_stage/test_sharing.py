@@ -288,12 +288,15 @@ def test_an_operator_reopens_a_row_where_it_is_delivered(idle: Process) -> None:
     until(lambda: idle.stage() == ("shared", "refused"))
     reopened = idle.sharing.reopen("op-1", lambda now: now.evolve(state=now.state.retry(), attempts=0))
     assert reopened is not None
+    before, after = reopened
+    assert (before.state.settlement, after.state.settlement) == ("refused", "pending")
     assert idle.stage() == ("shared", "pending")
     assert idle.sharing.outstanding == 1
     idle.elsewhere("op-1", PENDING.sent().booked())
     until(lambda: idle.stage() == ("shared", "booked"))
     assert idle.sharing.reopen("op-9", lambda now: now.evolve(attempts=1)) is None
-    assert idle.sharing.reopen("op-1", lambda now: now) is not None
+    done = idle.other.get("op-1")
+    assert idle.sharing.reopen("op-1", lambda now: now) == (done, done)
 
 
 def test_an_operators_change_waits_while_the_lane_is_being_delivered(process: Process) -> None:

@@ -18,6 +18,7 @@ from vluna_llm.errors import ConfigurationError
 from vluna_llm.operation import OperationState
 from vluna_llm.outbox import Row
 from vluna_llm.outbox.row import COLUMNS
+from vluna_llm.outbox.waiting import depths
 from vluna_llm.usage import TokenUsage
 
 pytest.importorskip("psycopg", reason="psycopg (the extra 'postgres') is not installed")
@@ -336,8 +337,9 @@ def test_ended_gives_what_nobody_delivers_and_what_is_not_there(outbox: SharedOu
 
 def test_totals_and_lists_by_state(outbox: SharedOutbox) -> None:
     outbox.offer([row(), row("op-2", created_at=5.0, held=True), row("op-3", created_at=7.0, held=True)], "host-a")
-    totals = {(one.settlement, one.held): (one.count, one.oldest) for one in outbox.totals()}
+    totals = {(one.settlement, one.held): (one.count, one.oldest_created_at) for one in outbox.totals()}
     assert totals == {("pending", False): (1, 1000.25), ("pending", True): (2, 5.0)}
+    assert depths(outbox.totals()) == {"pending": (1, 1000.25), "held": (2, 5.0)}
     assert [one.operation_id for one in outbox.listed("pending", "sent")] == ["op-2", "op-3", "op-1"]
     assert [one.operation_id for one in outbox.listed("pending", limit=1)] == ["op-2"]
     assert outbox.listed("refused") == []

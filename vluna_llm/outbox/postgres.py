@@ -19,8 +19,9 @@ from ..operation import Settlement
 from . import postgres_sql as sql
 from .postgres_connection import Connection, SharedAway, Unstorable
 from .row import COLUMNS, Row, changed_values, from_values, insert_values
+from .schema import Total
 
-__all__ = ["Claim", "ClaimLost", "Ended", "SharedAway", "SharedOutbox", "Total", "Unstorable"]
+__all__ = ["Claim", "ClaimLost", "Ended", "SharedAway", "SharedOutbox", "Unstorable"]
 
 
 class ClaimLost(Exception):
@@ -49,16 +50,6 @@ class Ended:
 
     rows: tuple[Row, ...]
     missing: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Total:
-    """The rows in one settlement state: how many, and the oldest, in seconds since the epoch."""
-
-    settlement: Settlement
-    held: bool
-    count: int
-    oldest: float
 
 
 class SharedOutbox:
@@ -165,9 +156,11 @@ class SharedOutbox:
         return Ended(rows, tuple(values["asked"] for values in found if values["operation_id"] is None))
 
     def totals(self) -> list[Total]:
-        """How many rows wait, by state; those that are done are not counted."""
-        found = self._line.run(sql.TOTALS, self._scope)
-        return [Total(one["settlement"], bool(one["held"]), one["count"], one["oldest"]) for one in found]
+        """How many rows stand alike and since when; those that are done are not counted."""
+        return [
+            Total(one["settlement"], one["held"], False, "shared", one["count"], one["created"], one["ended"])
+            for one in self._line.run(sql.TOTALS, self._scope)
+        ]
 
     def listed(self, *settlements: Settlement, limit: int | None = None) -> list[Row]:
         """The rows in these settlement states, oldest first."""

@@ -199,8 +199,7 @@ WHERE op.operation_id IS NULL OR NOT op.{_UNDELIVERED}
 """
 
 TOTALS = f"""
-SELECT settlement, {"held != 0" if "held" in SHARED else "false"} AS held, count(*) AS count,
-    min(coalesce(ended_at, created_at)) AS oldest
+SELECT settlement, held != 0 AS held, count(*) AS count, min(created_at) AS created, min(ended_at) AS ended
 FROM vluna_llm_operations WHERE base_url = %(base_url)s AND realm_id = %(realm_id)s AND NOT {_DONE} GROUP BY 1, 2
 """
 

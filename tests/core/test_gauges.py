@@ -291,6 +291,7 @@ def test_a_day_of_a_product_is_told(measured: Measured, metered: Vluna, gate: Sa
     metered.close(timeout=0.1)
     measured.clock.now += 2
     assert measured.points("vluna.outbox.depth") == {}, "a closed outbox is not told"
+    assert not measured.gauges._sources, "nor kept"
 
 
 def test_what_waits_for_a_person_has_its_own_depth(measured: Measured, metered: Vluna, gate: Sandbox) -> None:

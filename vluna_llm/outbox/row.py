@@ -177,6 +177,8 @@ def next_step(row: Row) -> str:
             return "in the shared outbox, and delivered from there"
         if row.stage == "sharing":
             return "on its way to the shared outbox; whether it is there is not known yet"
+        if state.look_first:
+            return "the gate's own books are looked at before it is sent"
         if row.held:
             return "kept and tried slowly: look at last_error"
     return NEXT_STEP[state.settlement]

@@ -415,6 +415,15 @@ def test_an_order_that_means_nothing_says_why(state: OperationState, what: Any, 
     assert reason is None or reason in (found or "")
 
 
+@pytest.mark.parametrize("what", ["retry", "repair", "drop"])
+def test_a_copy_of_what_is_in_the_shared_outbox_is_not_ordered_about(what: Any) -> None:
+    """Any host may be delivering it: the order belongs where the row is."""
+    for stage in ("sharing", "shared"):
+        copy = row(PENDING.sent().refused(), stage=stage)
+        assert ordered(copy, what) is copy
+        assert "VLUNA_LLM_OUTBOX_SHARED" in (why_not(copy, what) or "")
+
+
 def test_a_retry_is_due_at_once_and_keeps_the_bytes() -> None:
     waiting = row(PENDING.sent(), body=b"{}", path="/x", attempts=7, next_attempt_at=9e9, held=True)
     now = ordered(waiting, "retry")

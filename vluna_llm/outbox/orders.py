@@ -109,6 +109,8 @@ def what_of(order: Order) -> What | None:
 def ordered(row: Row, what: What) -> Row:
     """The row as the operator wants it; the same row where that means nothing for it."""
     state = row.state
+    if row.stage is not None:
+        return row
     if what == "drop":
         dropped = state.dropped()
         if dropped is state:
@@ -138,6 +140,8 @@ def why_not(row: Row, what: What) -> str | None:
     if waiting_as(row) is None:
         flying = state.settlement == "none" and state.admission != "denied"
         return "it is in flight in its process" if flying else "it is settled"
+    if row.stage is not None:
+        return "it is in the shared outbox, or on its way: order it there, with VLUNA_LLM_OUTBOX_SHARED set"
     if state.settlement == "lost":
         return "its usage is not known: settle it by hand, then drop it"
     if what == "retry":

@@ -155,13 +155,32 @@ def test_a_fork_waits_until_nobody_is_inside_sqlite_and_not_for_ever(monkeypatch
         started = time.monotonic()
         pid = os.fork()
         if pid == 0:
+            forked = time.monotonic()
             with forks.inside():  # nobody is inside any more, as far as the child is concerned
-                os._exit(0)
+                os._exit(0 if time.monotonic() - forked < 0.3 else 1)
         took = time.monotonic() - started
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         leave.set()
         thread.join()
         assert least <= took < most
+
+
+def test_nobody_goes_inside_sqlite_while_a_fork_is_about_to_happen() -> None:
+    entered = threading.Event()
+
+    def enter() -> None:
+        with forks.inside():
+            entered.set()
+
+    thread = threading.Thread(target=enter)
+    forks._before()
+    try:
+        thread.start()
+        assert not entered.wait(0.2)
+    finally:
+        forks._after_in_parent()
+    assert entered.wait(5)
+    thread.join()
 
 
 def test_two_threads_that_fork_at_once_do_not_wait_for_each_other_for_ever(vluna: Vluna) -> None:
@@ -400,7 +419,7 @@ def some(principal, loop=None):
 
 loop = asyncio.new_event_loop()
 some("parent", loop)
-pids = [child(lambda: some("child")) for _ in range(2)]
+pids = [child(lambda n=n: some(f"child_{n}")) for n in range(2)]
 some("parent", loop)
 say([ended(pid) for pid in pids])
 loop.close()
@@ -409,11 +428,11 @@ loop.close()
         VLUNA_SERVICE_BASE_URL=f"http://127.0.0.1:{connections.port}/mgt/v1",
     )
     assert done.stdout.strip() == "[0, 0]", done.stderr
-    assert len(charged(gate, "parent")) == len(charged(gate, "child")) == 10
+    assert [len(charged(gate, who)) for who in ("parent", "child_0", "child_1")] == [10, 5, 5]
     speakers: dict[int, set[str]] = {}
     for number, who in connections.heard:
         speakers.setdefault(number, set()).add(who)
-    assert {who for them in speakers.values() for who in them} == {"parent", "child"}
+    assert {who for them in speakers.values() for who in them} == {"parent", "child_0", "child_1"}
     assert all(len(them) == 1 for them in speakers.values()), speakers
 
 

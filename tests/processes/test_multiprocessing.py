@@ -95,7 +95,7 @@ def test_the_results_of_a_child_are_not_kept_waiting_for_the_gate(gate: Sandbox,
 
 def test_threads_of_a_child_that_work_on_after_its_main_function_have_paid(gate: Sandbox, program: Program) -> None:
     """Threads that are no daemons and a pool of threads that nobody shut down: the child waits for them at its end."""
-    gate.faults.add("latency", "commits", times=None, seconds=0.3)
+    gate.faults.add("latency", "commits", times=None, seconds=0.2)
     ended = program.run(
         """
         import concurrent.futures, multiprocessing
@@ -103,7 +103,7 @@ def test_threads_of_a_child_that_work_on_after_its_main_function_have_paid(gate:
 
         def slowly():
             operation = begin(vluna)
-            time.sleep(0.3)
+            time.sleep(0.9)
             operation.finish(USED)
 
         def work():

@@ -160,7 +160,8 @@ class Delivery:
             self._heard(not _cannot_work(error))
             hit("delivery.answered")
             return self._after(store, row, self._settled_doubt(row, judge_error(error, row), None), None, error)
-        self._heard(True)
+        # A page that answers in the gate's place is no gate that works: the others would fare no better.
+        self._heard(result.parsed)
         hit("delivery.answered")
         if isinstance(result, CancelResult):
             return self._after(store, row, judge_cancel(result), None)

@@ -417,6 +417,24 @@ def test_a_page_that_answers_200_in_the_gates_place_is_never_taken_for_a_booking
     assert len(charged(gate)) == 1
 
 
+def test_a_page_in_the_gates_place_is_asked_by_one_settlement_at_a_time(vluna: Vluna, gate: Sandbox) -> None:
+    """As with any gate that is away, a backlog neither spends its attempts on it nor storms it (design rule 9)."""
+    begin(vluna).finish(USED)
+    assert vluna.flush(10)  # the prices are known
+    operations = [begin(vluna, f"cust-{n}") for n in range(60)]
+    for route in ("commits", "ratings"):
+        gate.faults.add("status", route, times=None, status=200, body="<html>back soon</html>")
+    before = len(gate.requests)
+    for operation in operations:
+        operation.finish(USED)
+    assert not vluna.flush(3)
+    assert len(gate.requests) - before < 60
+    gate.faults.clear()
+    vluna._running().settler.gate_is_back()
+    assert vluna.flush(30)
+    assert len(gate.booked().entries) == 61
+
+
 def test_a_quarantine_behind_an_unreadable_answer_is_found_in_the_books(vluna: Vluna, gate: Sandbox) -> None:
     operation = begin(vluna)
     for meter in METERS:

@@ -212,6 +212,33 @@ def test_attempts_that_each_host_counts_for_itself_would_be_charged_twice(
     assert charged(gate) == charges
 
 
+@pytest.mark.parametrize(
+    ("story", "counted"),
+    [
+        (["done"], 120),
+        (["done", "done"], 120),
+        (["vanished", "done", "cancelled"], 121),
+        (["cancelled", "done", "done"], 0),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
+)
+def test_a_job_under_a_quota_is_charged_once_and_never_counted_twice(
+    gate: Sandbox, tmp_path: Path, story: list[str], counted: int
+) -> None:
+    """What a commit books counts once against the quota. What an ingest books in its place, since the job's lease was
+    cancelled by an earlier run, is charged and does not count (gate contract 9.4)."""
+    gate.quota(1_000, feature=FEATURE)
+    runs = Runs(gate, tmp_path)
+    for number, fate in enumerate(story):
+        runs.run(fate, gated=True, tokens=100 + number)
+    assert len(charged(gate)) == 1
+    vluna = runs.host()
+    (limits,) = vluna.gate.limits(principal_id="ann", feature_code=FEATURE, expand=("quotas",))
+    used_minor = [quota.used_minor for quota in limits.quotas if quota.limit_minor == 1_000]
+    assert used_minor == [counted]
+    vluna.close()
+
+
 # -- two at once -----------------------------------------------------------------------------------------------------
 
 

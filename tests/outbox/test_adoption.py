@@ -262,6 +262,27 @@ def test_a_copy_is_nobodys_while_its_original_is_there(directory: Path) -> None:
     heir.close()
 
 
+def test_a_journal_that_is_closed_in_the_middle_of_a_takeover_leaves_the_rest_to_the_next(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which is no trouble, and not told as such."""
+    for moment in range(len(MOMENTS) - 2):
+        with fast_directory() as here:
+            dead_journal(here, *five())
+            first = Journal(here)
+            at_hit(moment, lambda _, first=first: first.close())
+            with caplog.at_level(logging.ERROR):
+                first.adopt(GATE, REALM)
+            failpoints.arm(None)
+            assert_each_is_somewhere(here, {each.operation_id for each in five()})
+            heir = Journal(here)
+            heir.adopt(GATE, REALM)
+            heir.adopt(GATE, REALM)
+            assert_taken_over(here, heir, five())
+            heir.close()
+    assert caplog.text == ""
+
+
 def test_a_person_sees_where_a_copy_comes_from(directory: Path) -> None:
     path = dead_journal(directory, *five())
     assert killed(lambda: adopt_and_die_at(directory, MOMENTS.index("copied")))

@@ -447,6 +447,21 @@ def test_a_flush_that_failed_is_told_and_what_it_covered_is_written_anew(
     journal.close()
 
 
+def test_files_that_somebody_removed_under_a_living_process_are_told(tmp_path: Path) -> None:
+    """SQLite writes on, into files that nobody will find."""
+    journal = Journal(tmp_path)
+    journal.insert(row("op-1"))
+    for path in tmp_path.glob("*.sqlite3*"):
+        path.unlink()
+    journal.insert(row("op-2"))
+    with pytest.raises(OutboxUnavailable, match="No such file"):
+        journal.sync()
+    with pytest.raises(OutboxUnavailable):
+        journal.totals()
+    assert journal.get("op-2") is not None
+    journal.close()
+
+
 def test_in_memory_there_is_nothing_to_sync() -> None:
     journal = Journal(None)
     journal.insert(row())

@@ -102,6 +102,8 @@ class Adopter:
             except _NothingForUs:
                 self._left_alone[path] = (base_url, realm_id, *_stamp(path))
             except (OutboxUnavailable, sqlite3.OperationalError, OSError) as error:
+                if self._journal.closed:
+                    return  # the rest is for another process
                 self._tell(path, f"cannot be taken over now: {error}")  # no room, no right, somebody reads by hand
             except Exception as error:  # damaged, or of another version
                 self._tell(path, f"cannot be taken over: {error}")

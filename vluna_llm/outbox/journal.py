@@ -178,6 +178,8 @@ class Journal:
             try:
                 self._flush(path)
             except (OSError, sqlite3.Error) as error:
+                if self.closed:
+                    return  # meanwhile
                 self._sync_failed = True
                 raise OutboxUnavailable(f"cannot make the outbox {path} survive a loss of power: {error}") from error
             self._synced = covered
@@ -194,7 +196,7 @@ class Journal:
             if busy:
                 raise OSError("the log is in use, and what could not be written before is still in it alone")
             self._sync_failed = False
-        schema.flush_log(path)
+        schema.flush(Path(f"{path}-wal"))
 
     def checkpoint(self) -> None:
         """Move what was logged into the file, where enough of it waits: for the settler, off the caller's path."""
@@ -313,6 +315,11 @@ class Journal:
         """In a forked child: close the copy of the lock, which would outlive the parent; the parent's own stays."""
         if self._lock is not None:
             self._lock.forget()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file was given up."""
+        return self._closed
 
     def close(self) -> bool:
         """Give the file up: removed where it holds nothing that anybody has to look at, else free to be adopted.

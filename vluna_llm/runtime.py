@@ -99,6 +99,7 @@ class Runtime:
         self.forgone: Counter[str] = Counter()
         self._lessons: deque[tuple[str, Estimate, TokenUsage]] = deque(maxlen=1_000)
         self.closed = False
+        self._looked_for_shared = False
         self._guard = threading.RLock()
         self.outbox_failure: OutboxUnavailable | None = None
         try:
@@ -162,7 +163,9 @@ class Runtime:
                     waiting += 1
                     self.settler.enqueue(now, due=now.next_attempt_at)
                 lost += row.state.settlement == "lost"
-        self.settler.recall()
+        if paths is None and (self.settings.outbox_shared is not None or not self._looked_for_shared):
+            self._looked_for_shared = True
+            self.settler.recall()
         if total and paths is None:
             log.warning(
                 "Took over %d unsettled operation(s) of processes that ended: %d to deliver, %d lost in flight.",

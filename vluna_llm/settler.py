@@ -81,6 +81,7 @@ class Settler:
         self._refilling = False
         self._sync_is_due = False
         self._stopping = False
+        self._told_of_shared = False
         self._this_thread = threading.local()
         self.arrived = 0
         self.keeper = Keeper(queue.SimpleQueue() if notes is None else notes, telemetry)
@@ -321,6 +322,15 @@ class Settler:
         """Rows have come that are or may be in the shared outbox, and are delivered from there."""
         if self._sharing is not None:
             self._sharing.recall()
+        elif not self._told_of_shared and self._ledger.journal.staged("sharing", "shared", limit=1):
+            self._told_of_shared = True
+            self._telemetry.emit(
+                "vluna.outbox.shared_away",
+                "error",
+                {"error.type": "ConfigurationError"},
+                message="an earlier process handed settlements to a shared outbox and VLUNA_LLM_OUTBOX_SHARED is not "
+                "set any more: they are delivered by hosts where it is, or by this one once it is set again",
+            )
 
     def reopen(self, operation_id: str, ordered: Callable[[Row], Row]) -> tuple[Row, Row] | None:
         """Change a row of the shared outbox as an operator ordered it (`vluna_llm.sharing.Sharing.reopen`).

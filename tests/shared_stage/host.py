@@ -125,6 +125,7 @@ def main() -> None:
             here, stop_at = name == stop_at, "" if name == stop_at else stop_at
         if here:
             os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.3)  # another thread may take the signal: this one must not get any further
 
     if stop_at or kill_at:
         failpoints.arm(moment)

@@ -121,6 +121,23 @@ def test_a_host_that_dies_between_two_writes_is_followed_by_one_that_finds_every
     assert "vluna.settlement.refused" not in after.ask("counts")
 
 
+def test_a_host_that_does_not_share_any_more_leaves_what_was_shared_and_says_so(gate: Sandbox, start: Start) -> None:
+    gate.faults.add("status", "commits", times=None, status=503)
+    host = start("a")
+    host.ask("work", customers=["ann"])
+    until(lambda: all_shared(host, 1), "shared")
+    host.kill()
+    gate.faults.clear()
+    after = start("a", url=None)
+    after.ask("start")
+    until(lambda: after.ask("counts").get("vluna.outbox.shared_away") == 1, "told")
+    assert "VLUNA_LLM_OUTBOX_SHARED is not set any more" in after.errors.read_text()
+    assert all_shared(after, 1)
+    assert bookings(gate) == {}
+    start("b").ask("start")
+    assert_booked_once(gate, 1)
+
+
 def test_an_order_reaches_a_row_that_is_in_postgresql(gate: Sandbox, start: Start) -> None:
     """The gate refused it; the operator mends the feature and orders a retry, in the journal of its host."""
     host = start("a")

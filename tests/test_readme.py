@@ -84,7 +84,7 @@ def test_the_settings_table_is_complete_and_its_defaults_are_true() -> None:
     credentials = {"base_url": "SERVICE_BASE_URL", "realm_id": "REALM_ID"}
     credentials |= {"key_id": "SERVICE_KEY_ID", "key_secret": "SERVICE_KEY_SECRET"}
     fields = {f"VLUNA_{credentials.get(name) or 'LLM_' + name.upper()}": name for name in Settings.model_fields}
-    assert {*table} == {*fields} - {"VLUNA_LLM_OUTBOX_SHARED"}  # reserved: refused by this version
+    assert {*table} == {*fields}
     for variable, (default, _) in table.items():
         value = getattr(Settings(), fields[variable])
         if default.startswith("`"):
@@ -106,6 +106,7 @@ def test_each_setting_is_a_variable_and_an_argument(variable: str, monkeypatch: 
         "on_unmetered": "ignore",
         "meters": "never",
         "allow_plaintext": "true",
+        "outbox_shared": "postgresql://billing:secret@db.example/outbox",
     }
     name = variable.removeprefix("VLUNA_LLM_").lower()
     value = other.get(name, "deny" if name.endswith("_unavailable") else "given")
@@ -115,7 +116,7 @@ def test_each_setting_is_a_variable_and_an_argument(variable: str, monkeypatch: 
     monkeypatch.setenv(variable, value)
     by_variable = getattr(Settings(), name)
     assert by_argument == by_variable != default
-    assert not isinstance(by_variable, SecretStr)
+    assert isinstance(by_variable, SecretStr) == (name == "outbox_shared"), "it holds a password"
 
 
 def test_the_table_of_refusals_names_what_can_be_raised() -> None:

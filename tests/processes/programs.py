@@ -95,6 +95,8 @@ class Program:
             **self._gate.env(),
             "VLUNA_LLM_OUTBOX": str(self.outbox),
             "PATH": os.environ.get("PATH", ""),
+            # From Python 3.12 on every fork of a process with threads is warned of, whatever they do.
+            "PYTHONWARNINGS": "ignore:This process:DeprecationWarning",
             "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path]),
             **more,
         }

@@ -25,6 +25,7 @@ _STATES = (
 )
 _ABOUT = ("operation_id", "request_id", "principal_id", "created_at")
 _LOST = f"SELECT {', '.join(_ABOUT)} FROM operations WHERE settlement = 'lost'"
+_WAITING = "SELECT route, attempts, last_error FROM operations WHERE settlement IN ('pending', 'sent') LIMIT 5"
 
 
 def journals(outbox: Path) -> tuple[Counter[str], list[dict[str, Any]]]:
@@ -42,6 +43,18 @@ def journals(outbox: Path) -> tuple[Counter[str], list[dict[str, Any]]]:
     return states, lost
 
 
+def last_ones(outbox: Path) -> list[str]:
+    """Of what is still to be delivered: how often it was tried, and what it met."""
+    found: list[str] = []
+    for path in outbox.glob("journal-*.sqlite3"):
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db,
+        ):
+            found += [f"{route} after {tries} attempts: {error}" for route, tries, error in db.execute(_WAITING)]
+    return found
+
+
 def main() -> None:
     setup, seconds = Setup.load(sys.argv[1]), float(sys.argv[2])
     kit = make_kit(setup, "default")
@@ -49,6 +62,7 @@ def main() -> None:
     started = time.monotonic()
     worker.make(Call(worker.request_id(), "customer-0", "answer"))
     calm = 0
+    last: list[str] = []
     while time.monotonic() - started < seconds:
         delivered = kit.vluna.flush(2.0)
         states, _ = journals(setup.outbox)
@@ -56,12 +70,13 @@ def main() -> None:
         calm = calm + 1 if delivered and waiting == 0 else 0
         if calm >= 2:
             break
+        last = last_ones(setup.outbox) or last
         say({"said": "draining", "left": waiting})
         time.sleep(0.2)
     took = time.monotonic() - started
     kit.vluna.close(5.0)
     states, lost = journals(setup.outbox)
-    say({"said": "drained", "seconds": took, "states": dict(states), "lost": lost})
+    say({"said": "drained", "seconds": took, "states": dict(states), "lost": lost, "last": last})
 
 
 if __name__ == "__main__":

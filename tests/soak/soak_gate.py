@@ -38,8 +38,8 @@ _HABITS: tuple[tuple[FaultKind, str | None, float], ...] = (
     ("error_after", "cancel", 1),
     ("drop_after", "commits", 2),
     ("drop_before", "commits", 1),
-    ("garbage", "commits", 1),
-    ("garbage", "ingest", 1),
+    ("garbage", "commits", 0.5),
+    ("garbage", "ingest", 0.5),
     ("garbage", "authorize", 0.5),
     ("rate_limited", "authorize", 1),
     ("latency", None, 3),
@@ -83,7 +83,7 @@ class Habits:
         while self._on.wait():
             time.sleep(self._random.expovariate(1 / self._every))
             kind, route = self._random.choices(kinds, weights)[0]
-            if self._on.is_set() and len(self._made) < 40:
+            if self._on.is_set() and len(self._made) < 5:
                 seconds = self._random.uniform(0.2, 1.5)
                 self._made.append(self._gate.faults.add(kind, route, seconds=seconds, body="<html>Bad day</html>"))
             self._tally()

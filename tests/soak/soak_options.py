@@ -43,6 +43,7 @@ class Result:
     gate_restarts: int
     faults: dict[str, int]
     drained_in: float | None
+    drained_last: list[str]
     states: dict[str, int]
     folder: Path
     trouble: list[str]

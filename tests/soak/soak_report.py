@@ -18,6 +18,8 @@ def summary(result: Result) -> str:
     promises = [f"{name} {broken.pop(name):,}" for name in always]
     promises += [f"{name} {count:,}" for name, count in broken.items() if count]
     drained = "not drained" if result.drained_in is None else f"drained in {result.drained_in:.1f} s"
+    if result.drained_in is not None and result.drained_in > 20 and result.drained_last:
+        drained += f" (at last: {result.drained_last[0][:120]})"
     return "; ".join(
         (
             f"soak {'OK' if result.holds else 'BROKEN'}, seed {result.options.seed}, {minutes:g} min: "

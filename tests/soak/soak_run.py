@@ -141,7 +141,9 @@ class Soak:
 
         def plan(what: Callable[[], None], per_minute: float) -> None:
             if per_minute > 0:
-                wait = self._random.expovariate(per_minute / 60)
+                mean = 60 / per_minute
+                rare = mean > 5  # what is rare must not be left to luck
+                wait = self._random.uniform(0.5, 1.5) * mean if rare else self._random.expovariate(1 / mean)
                 heapq.heappush(happenings, (time.monotonic() + wait, len(happenings), what, per_minute))
 
         self.phase = "raging"
@@ -345,6 +347,7 @@ class Soak:
             self.gate_restarts,
             faults,
             drained.get("seconds"),
+            drained.get("last", []),
             dict(states),
             self.folder,
             self.trouble,

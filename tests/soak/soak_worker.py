@@ -99,6 +99,7 @@ class Call:
     quantity: int = 0
     content: str = "hello"
     group: str | None = None
+    inside: Call | None = None
 
     @property
     def plan(self) -> str:
@@ -157,7 +158,12 @@ class Worker:
             flaky=kind == "answer" and chance.random() < 0.02,
             leave_after=chance.randint(1, 3) if leaves else 0,
             quantity=chance.randint(1, 10_000),
+            inside=self._inner(principal, chance) if kind == "work" and chance.random() < 0.4 else None,
         )
+
+    def _inner(self, principal: str, chance: random.Random) -> Call:
+        """A model call inside of other work, which is charged for itself."""
+        return Call(self.request_id(), principal, "answer", stream=chance.random() < 0.5)
 
     def next_job(self, chance: random.Random) -> dict[str, Any] | None:
         """A job that somebody began before, or a new one now and then."""
@@ -253,6 +259,8 @@ class Worker:
             with call_context(principal_id=call.principal, request_id=call.request_id):
                 if call.kind == "work":
                     with self.kit.vluna.operation(feature_code=WORK_FEATURE, estimate=call.quantity) as op:
+                        if call.inside is not None:
+                            self.make(call.inside)
                         op.record(quantity=call.quantity)
                     self.seen(call, None, None)
                 elif call.stream:
@@ -308,6 +316,8 @@ class Worker:
             async with call_context(principal_id=call.principal, request_id=call.request_id):
                 if call.kind == "work":
                     async with self.kit.vluna.operation(feature_code=WORK_FEATURE, estimate=call.quantity) as op:
+                        if call.inside is not None:
+                            await self.amake(call.inside)
                         op.record(quantity=call.quantity)
                     self.seen(call, None, None)
                 elif call.stream and call.leave_after and cancel:

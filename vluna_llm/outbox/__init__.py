@@ -1,6 +1,7 @@
 """Where operations and settlements wait, durably."""
 
-from .journal import DueRows, Journal
+from .due import DueRows
+from .journal import Journal
 from .row import Row
 
 __all__ = ["DueRows", "Journal", "Row"]

@@ -21,11 +21,10 @@ from ..errors import OutboxUnavailable
 from ..operation import Settlement
 from . import forks, schema
 from .adoption import Adopter
+from .due import DueRows, due_rows
 from .lock import FileLock
 from .row import Row, Stage, changed_values, from_values, insert_values
 from .schema import Order, Total
-
-Lane = tuple[str, str]
 
 _SELECT = "SELECT * FROM operations"
 _HERE = "arrived_from IS NULL"
@@ -42,22 +41,6 @@ _PATIENCE_OF_A_READER = 5.0
 PARKED_FOR = 30 * 86_400.0
 """Seconds for which a background response can be retrieved, and is waited for."""
 
-# Those that are due come first, in every lane, so that what waits for a later attempt hides nothing behind it.
-_DUE = """
-SELECT operation_id, principal_id, user_id, next_attempt_at, place FROM (
-    SELECT operation_id, principal_id, user_id, next_attempt_at, created_at, rowid AS number,
-           next_attempt_at > :now AS later,
-           row_number() OVER (
-               PARTITION BY principal_id, user_id
-               ORDER BY next_attempt_at > :now, max(next_attempt_at, :now), created_at, rowid
-           ) AS place
-    FROM operations
-    WHERE settlement IN ('pending', 'sent') AND arrived_from IS NULL AND stage IS NULL
-        AND operation_id NOT IN (SELECT operation_id FROM orders WHERE what = 'drop' AND operation_id IS NOT NULL)
-)
-WHERE place <= :per_lane + 1 ORDER BY later, created_at, number LIMIT :limit + 1
-"""
-
 Verb = Literal["INSERT", "INSERT OR IGNORE", "INSERT OR REPLACE"]
 
 
@@ -71,15 +54,6 @@ def _insert_sql(verb: Verb, columns: tuple[str, ...]) -> str:
 def _update_sql(columns: tuple[str, ...]) -> str:
     assignments = ", ".join(f"{name} = ?" for name in columns)
     return f"UPDATE operations SET {assignments} WHERE operation_id = ?"  # noqa: S608 - names come from COLUMNS
-
-
-class DueRows(list[tuple[str, Lane, float]]):
-    """Id, lane and time of the next attempt (seconds since the epoch) of settlements that have to be delivered."""
-
-    def __init__(self, found: Sequence[tuple[str, Lane, float]], *, complete: bool) -> None:
-        super().__init__(found)
-        self.complete = complete
-        """Whether there are no others."""
 
 
 class Journal:
@@ -269,9 +243,7 @@ class Journal:
         and what an operator wants dropped.
         """
         with self._reading() as db:
-            found = db.execute(_DUE, {"now": now, "per_lane": per_lane, "limit": limit}).fetchall()
-        chosen = [(op, (principal, user), at) for op, principal, user, at, place in found[:limit] if place <= per_lane]
-        return DueRows(chosen, complete=len(chosen) == len(found))
+            return due_rows(db, limit, per_lane, now)
 
     def staged(self, *stages: Stage, limit: int = -1) -> list[Row]:
         """The rows in these stages of the way to the shared outbox, oldest first."""

@@ -172,8 +172,7 @@ class Settings(BaseSettings):
 
 def _is_postgres(url: str) -> bool:
     try:
-        parts = urlsplit(url)
-        return parts.scheme in ("postgresql", "postgres") and (parts.port is None or parts.port > 0)
+        return urlsplit(url).scheme in ("postgresql", "postgres")  # the driver looks at the rest
     except ValueError:
         return False
 

@@ -635,19 +635,20 @@ def open_shared(url: str, base_url: str, realm_id: str) -> SharedOutbox:
     """The shared outbox behind this URL; nothing is asked of it yet.
 
     Raises:
-        ConfigurationError: the package that speaks to PostgreSQL cannot be loaded.
+        ConfigurationError: as `check_shared`.
     """
-    load_driver()
+    check_shared(url)
     from .outbox.postgres import SharedOutbox
 
     return SharedOutbox(url, base_url, realm_id)
 
 
-def load_driver() -> None:
-    """Load the package that speaks to PostgreSQL.
+def check_shared(url: str) -> None:
+    """See whether this URL can be used; nothing is asked of it.
 
     Raises:
-        ConfigurationError: it is not installed, or finds no libpq.
+        ConfigurationError: the package that speaks to PostgreSQL is not installed or finds no libpq, or cannot make
+            anything of the URL.
     """
     try:
         importlib.import_module("psycopg")
@@ -656,3 +657,6 @@ def load_driver() -> None:
             "VLUNA_LLM_OUTBOX_SHARED needs psycopg and libpq, which cannot be loaded here "
             f'({error}): pip install "vluna-llm[postgres]", or "psycopg[binary]" where the system has no libpq.'
         ) from None
+    from .outbox.postgres_connection import understood
+
+    understood(url)

@@ -23,7 +23,7 @@ from .process import EXIT_SECONDS, Process
 from .runtime import Runtime
 from .settings import Mode, Settings
 from .settlement import authorize_arguments
-from .sharing import load_driver
+from .sharing import check_shared
 from .telemetry import Telemetry, log
 from .types import Lease
 from .usage.estimate import Estimate, Estimator
@@ -59,7 +59,7 @@ class Vluna:
         self._process = Process(self.settings, self.telemetry, self._estimator, self._features)
         self._process.tell_back = self._admissions.gate_is_back
         if self.settings.outbox_shared is not None:
-            load_driver()
+            check_shared(self.settings.outbox_shared.get_secret_value())
         if self._mode != "off":
             self._process.credentials()
 

@@ -86,7 +86,7 @@ def test_off_needs_no_gate() -> None:
             {"outbox_shared": "mysql://user:not base64!@db/x"},
             "VLUNA_LLM_OUTBOX_SHARED must be a URL such as postgresql:",
         ),
-        ({"outbox_shared": "postgresql://user:not base64!@db:port/x"}, "VLUNA_LLM_OUTBOX_SHARED must be a URL"),
+        ({"outbox_shared": "postgresql://user:not base64!@[::1/x"}, "VLUNA_LLM_OUTBOX_SHARED must be a URL"),
         ({"outbox_shared": ""}, "VLUNA_LLM_OUTBOX_SHARED must be a URL"),
         ({"features": "/nowhere/f.toml"}, "VLUNA_LLM_FEATURES: cannot read"),
     ],

@@ -484,6 +484,20 @@ def test_a_password_that_the_server_repeats_is_taken_out(database: str) -> None:
         outbox.totals()
 
 
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("postgresql://me:x@db.example.com:5432/app?sslmode=verify-full", "db.example.com:5432/app"),
+        ("postgresql://me:x@one:5432,two:5433/app", "one:5432,two:5433/app"),
+        ("postgresql://me:x@[::1]:5432/app", "[::1]:5432/app"),
+        ("postgresql:///app?host=/run/postgresql", "a local socket/app"),
+        ("postgresql://me:1/2@db/app", "a URL that cannot be read"),
+    ],
+)
+def test_people_are_told_where_it_is(url: str, place: str) -> None:
+    assert SharedOutbox(url, GATE, REALM).where == place
+
+
 def test_the_password_never_shows(caplog: pytest.LogCaptureFixture) -> None:
     """Not in a repr, not in an error, not in its chain, for URLs good and bad."""
     secret = "s3cr%2Ft-p4ss"
@@ -494,6 +508,10 @@ def test_the_password_never_shows(caplog: pytest.LogCaptureFixture) -> None:
         f"postgresql://me:{secret}%zz@127.0.0.1:1/db",
         f"postgresql://me:{secret}@[::1/db",
         f"postgresql://127.0.0.1:1/db?passwd={secret}",
+        "postgresql://me:12/s3cr@t-p4ss@127.0.0.1:1/db",
+        "postgresql://me:s3cr/t-p4ss@127.0.0.1:1/db",
+        "postgresql://me:s3cr#t-p4ss@127.0.0.1:1/db",
+        "postgresql://me:s3cr?t-p4ss@127.0.0.1:1/db",
     ):
         outbox = SharedOutbox(url, GATE, REALM, patience=1.0)
         with pytest.raises((SharedAway, ConfigurationError)) as raised:

@@ -15,6 +15,7 @@ pytest.importorskip("psycopg", reason="psycopg (the extra 'postgres') is not ins
 
 import psycopg
 
+from vluna_llm import Vluna
 from vluna_llm import sharing as sharing_module
 from vluna_llm.context import Scope
 from vluna_llm.errors import ConfigurationError, OutboxUnavailable
@@ -22,11 +23,12 @@ from vluna_llm.ledger import Ledger
 from vluna_llm.operation import OperationState
 from vluna_llm.outbox import Journal, Row
 from vluna_llm.outbox.postgres import Claim, SharedOutbox
-from vluna_llm.sharing import Sharing, load_driver
+from vluna_llm.sharing import Sharing
 from vluna_llm.telemetry import Telemetry
 from vluna_llm.usage import TokenUsage
 
 GATE, REALM = "https://gate/mgt/v1", "realm"
+CREDENTIALS = {"base_url": GATE, "realm_id": REALM, "key_id": "pk-1", "key_secret": "A" * 43 + "="}
 PENDING = OperationState().leased("lease_token").started().completed(TokenUsage(10, 5), "provider")
 BOOKED = json.dumps({"state": "booked", "amount_xusd": 42, "charged_xusd": 42, "commit_id": "c-1"})
 
@@ -393,4 +395,16 @@ def test_a_missing_driver_is_one_sentence_that_names_the_extra(monkeypatch: pyte
 
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ConfigurationError, match=r'pip install "vluna-llm\[postgres\]"'):
-        load_driver()
+        Vluna(**CREDENTIALS, outbox_shared="postgresql://db/x")
+
+
+@pytest.mark.parametrize("rest", ["db:port/x", "db/x?nonsense=1", "db%zz/x", "db/x?connect_timeout=5&sslmode=%zz"])
+def test_a_url_that_the_driver_cannot_use_is_refused_at_once_without_a_word_of_it(rest: str) -> None:
+    with pytest.raises(ConfigurationError, match="VLUNA_LLM_OUTBOX_SHARED is not a URL that PostgreSQL") as error:
+        Vluna(**CREDENTIALS, outbox_shared=f"postgresql://user:hunter2@{rest}")
+    assert "hunter2" not in f"{error.value!r} {error.value.__cause__!r}"
+
+
+@pytest.mark.parametrize("rest", ["db/x", "one:5432,two:5433/x?target_session_attrs=read-write", "/x?host=/run/pg"])
+def test_whatever_the_driver_can_use_is_taken(rest: str) -> None:
+    Vluna(**CREDENTIALS, outbox_shared=f"postgresql://user:hunter2@{rest}")

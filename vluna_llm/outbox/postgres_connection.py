@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Generator, Mapping
@@ -18,6 +19,7 @@ from . import postgres_sql as sql
 
 _CONNECT_EVERY = 1.0
 _LONGEST_WORDS = 300
+_HOST = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[\w.%-]*)(:\d+)?")
 
 T = TypeVar("T")
 
@@ -112,15 +114,8 @@ class Connection:
         return self._db
 
     def _connect(self) -> _Connection:
-        try:
-            made = psycopg.conninfo.conninfo_to_dict(self._url)
-        except psycopg.Error:
-            # The driver's own words may hold a piece of the password.
-            raise ConfigurationError(
-                "VLUNA_LLM_OUTBOX_SHARED is not a URL that PostgreSQL understands: use "
-                "postgresql://user:password@host:5432/database, with special characters percent-encoded."
-            ) from None
-        made = {"connect_timeout": 5, "application_name": "vluna-llm", **made, "client_encoding": "utf8"}
+        given = understood(self._url)
+        made = {"connect_timeout": 5, "application_name": "vluna-llm", **given, "client_encoding": "utf8"}
         where = psycopg.conninfo.make_conninfo("", **made)
         db = _Connection.connect(where, autocommit=True, row_factory=dict_row, prepare_threshold=None)
         try:
@@ -175,14 +170,33 @@ def _within(gen: Generator[Any, Any, T], seconds: float) -> Generator[Any, Any, 
         return ended.value  # type: ignore[no-any-return]
 
 
-def place_of(url: str) -> str:
-    """Host, port and database of a URL, for people: without user and password."""
+def understood(url: str) -> dict[str, Any]:
+    """What the driver makes of the URL.
+
+    Raises:
+        ConfigurationError: nothing.
+    """
     try:
+        given = dict(psycopg.conninfo.conninfo_to_dict(url))
+        if given.get("port"):
+            _ = [int(port or 0) for port in str(given["port"]).split(",")]  # the driver looks at it when it connects
+        return given
+    except (psycopg.Error, UnicodeError, ValueError):
+        # The driver's own words may hold a piece of the password.
+        raise ConfigurationError(
+            "VLUNA_LLM_OUTBOX_SHARED is not a URL that PostgreSQL understands: use "
+            "postgresql://user:password@host:5432/database, with special characters percent-encoded."
+        ) from None
+
+
+def place_of(url: str) -> str:
+    """Hosts, ports and database of a URL, for people: without user and password, also where these are badly quoted."""
+    with contextlib.suppress(ValueError):
         parts = urlsplit(url)
-        host, port = parts.hostname or "a local socket", f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return "a URL that cannot be read"
-    return f"{host}{port}{parts.path}"
+        hosts = parts.netloc.rpartition("@")[2]
+        if "@" not in parts.path and all(_HOST.fullmatch(host) for host in hosts.split(",")):
+            return f"{hosts or 'a local socket'}{parts.path}"
+    return "a URL that cannot be read"
 
 
 def _secrets(url: str) -> list[str]:

@@ -24,7 +24,7 @@ def work(n):
     return n
 
 if __name__ == "__main__":
-    how, with_what = sys.argv[1:]
+    how, with_what, *gone = sys.argv[1:]
     context = multiprocessing.get_context(how)
     if with_what == "process":
         children = [context.Process(target=work, args=(n,)) for n in range(2)]
@@ -41,6 +41,8 @@ if __name__ == "__main__":
     elif with_what == "executor":
         with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
             say(list(pool.map(work, range(2))))
+    if gone:
+        os._exit(0)
     say(left())
 """
 
@@ -128,9 +130,9 @@ def test_a_child_whose_gate_hangs_ends_within_seconds_and_loses_nothing(
 ) -> None:
     gate.faults.add("hang", "commits", times=None)
     started = time.monotonic()
-    ended = program.run(WORKERS, "fork", "process")
-    assert time.monotonic() - started < 12
-    assert (ended.returncode, ended.stdout.splitlines()[:1]) == (0, ["[0, 0]"])
+    ended = program.run(WORKERS, "fork", "process", "and nobody delivers for them")
+    assert time.monotonic() - started < 9
+    assert (ended.returncode, ended.stdout) == (0, "[0, 0]\n")
     assert "not delivered yet" in ended.stderr
     assert charged(gate) == []
     gate.faults.clear()
@@ -242,15 +244,6 @@ def test_what_terminated_children_left_is_delivered_by_a_living_process_of_the_s
     gate.faults.clear()
     living._running()._adopt()  # what it does by itself every ten seconds
     assert eventually(lambda: charged(gate) == [120] * 3)
-
-
-@pytest.mark.slow
-def test_a_living_process_finds_them_by_itself(gate: Sandbox, program: Program, heir: Callable[[], Vluna]) -> None:
-    heir()
-    killed = program.run("vluna = Vluna()\nbegin(vluna)\ncall(vluna)\nos.kill(os.getpid(), signal.SIGKILL)")
-    assert killed.returncode == -signal.SIGKILL
-    assert eventually(lambda: charged(gate) == [120], 20)
-    assert [lease.state for lease in gate.leases("ann")].count("closed") == 1
 
 
 def test_a_child_without_a_call_costs_nothing(gate: Sandbox, program: Program) -> None:

@@ -196,8 +196,9 @@ class SteppedSettler(vluna_llm.settler.Settler):
 
     def flush(self, timeout: float | None) -> bool:
         self.keeper.flush(0)
-        while self.step(10):
-            pass
+        for _ in range(50):
+            if not self.step(10):
+                break
         return not len(self._backlog) and not self._backlog.more
 
 

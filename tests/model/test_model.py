@@ -210,7 +210,7 @@ class Books(RuleBasedStateMachine):
         other=some,
         late=some,
         before=st.booleans(),
-        what=st.sampled_from(("usage", "deliver", "adopt", "kill", "close", "gate")),
+        what=st.sampled_from(("usage", "deliver", "adopt", "kill", "kill, and another price", "close", "gate")),
     )
     def deliver_and_meanwhile(self, which: int, other: int, late: int, before: bool, what: str) -> None:
         """Something else happens while a request, or its answer, is on the way."""
@@ -228,6 +228,10 @@ class Books(RuleBasedStateMachine):
                 beside.act(beside.adopt)
             elif what == "kill":
                 beside.die("killed")
+            elif what == "kill, and another price":
+                process.die("killed")
+                meter, there = METERS[late % len(METERS)], bool(other % 2)
+                (self.world.gate.sandbox.price(meter, 4) if there else self.world.gate.sandbox.unprice(meter))
             elif what == "close" and beside is not process:
                 beside.act(lambda: beside.vluna.close(1))
             elif what == "gate":

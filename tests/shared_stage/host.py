@@ -130,14 +130,14 @@ def main() -> None:
     if stop_at or kill_at:
         failpoints.arm(moment)
 
-    def work(customer: str) -> float:
-        """One call; the seconds that its end cost its caller."""
+    def work(customer: str) -> tuple[str, float]:
+        """One call: its id, and the seconds that its end cost its caller."""
         with call_context(principal_id=customer):
             operation = vluna.begin(ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": []}))
         assert operation is not None
         began = time.perf_counter()
         operation.finish(Ending("complete", usage=TokenUsage(10, TOKENS - 10), finished=True))
-        return time.perf_counter() - began
+        return operation.operation_id, time.perf_counter() - began
 
     def fork() -> int:
         child = os.fork()
@@ -161,8 +161,8 @@ def main() -> None:
             vluna._running()
             answer(True)
         elif do == "work":
-            took = [work(customer) for customer in order["customers"] * order.get("each", 1)]
-            answer({"median": statistics.median(took), "slowest": max(took)})
+            ids, took = zip(*(work(customer) for customer in order["customers"] * order.get("each", 1)), strict=True)
+            answer({"ids": ids, "median": statistics.median(took), "slowest": max(took)})
         elif do == "fork":
             answer(fork())
         elif do == "flush":

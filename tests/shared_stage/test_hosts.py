@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,6 +28,8 @@ from vluna_llm.sandbox import Sandbox
 from vluna_llm.usage import TokenUsage
 
 pytest.importorskip("psycopg", reason="psycopg (the extra 'postgres') is not installed")
+
+import psycopg
 
 from vluna_llm.outbox.postgres import SharedOutbox
 
@@ -448,3 +451,64 @@ def test_two_hosts_share_the_work_and_lanes_stay_serial(
     assert set(most.values()) == {1}
     assert len(most) == customers
     assert widest > 2
+
+
+# -- everything at once ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_hosts_that_die_and_sleep_while_postgresql_and_the_gate_misbehave(
+    gate: Sandbox, start: Start, server: Any
+) -> None:
+    """What a caller saw to its end is charged once; what it did not, at most once."""
+    chance = random.Random(20_261_121)
+    names = ("a", "b", "c")
+    hosts = {name: start(name, url=server.get_uri(), ttl=1.5) for name in names}
+    seen: list[str] = []
+    customers = [f"customer-{number}" for number in range(6)]
+    happened: Counter[str] = Counter()
+    ends = time.monotonic() + 40.0
+
+    def ask(name: str) -> None:
+        hosts[name].tell("work", customers=chance.sample(customers, 4), each=3)
+
+    def hear(name: str) -> None:
+        seen.extend(hosts[name].answer()["ids"])
+
+    while time.monotonic() < ends:
+        for kind in chance.sample(["error_before", "error_after", "drop_before", "drop_after", "latency"], 2):
+            gate.faults.add(kind, chance.choice(["commits", "ingest"]), times=chance.randint(1, 4), seconds=0.2)
+        for name in names:
+            ask(name)
+        event = chance.choice(["kill", "pause", "postgres", "cut", "nothing"])
+        victim = chance.choice(names)
+        happened[event] += 1
+        time.sleep(chance.random() * 0.2)
+        if event == "kill":
+            hosts[victim].kill()
+            hosts[victim] = start(victim, url=server.get_uri(), ttl=1.5)
+            ask(victim)
+        elif event == "pause":
+            hosts[victim].pause()
+            time.sleep(chance.uniform(0.5, 2.5))
+            hosts[victim].wake()
+        elif event == "postgres":
+            crash(server)
+            time.sleep(chance.random())
+            server.ensure_postgres_running()
+        elif event == "cut":
+            with psycopg.connect(server.get_uri(), autocommit=True) as db:
+                db.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'vluna-llm'"
+                )
+        for name in names:
+            hear(name)
+    gate.faults.clear()
+    until(lambda: set(seen) <= set(bookings(gate)), "all that was seen is charged", 90.0)
+    for name in names:
+        assert hosts[name].ask("flush", seconds=60)
+    found = bookings(gate)
+    assert set(found.values()) == {1}
+    assert len(found) - len(set(seen)) <= 12 * happened["kill"]
+    assert min(happened.values()) > 0, happened
+    print(f"{len(seen)} seen, {len(found)} charged, none twice; {dict(happened)}")

@@ -123,6 +123,7 @@ def test_a_second_adopter_that_is_killed_too_leaves_no_row_behind(directory: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_adopters_in_turn_killed_at_every_pair_of_moments() -> None:
     """Two files with rows, an adopter killed at each moment, a second one at each moment of what it finds."""
     pairs = 0

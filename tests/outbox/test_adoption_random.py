@@ -157,8 +157,9 @@ def test_every_row_ends_in_exactly_one_file(events: list[Event]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(EVENTS)
 def test_every_row_ends_in_exactly_one_file_at_length(events: list[Event]) -> None:

@@ -357,6 +357,7 @@ def run(examples: int, steps: int, *, derandomize: bool) -> int:
     return sum(STEPS.values())
 
 
+@pytest.mark.timeout(600)  # a failure is made small first
 def test_books_are_the_sum_of_known_usages(capsys: pytest.CaptureFixture[str]) -> None:
     """The quick run: always the same histories."""
     done = run(60, 50, derandomize=True)
@@ -374,3 +375,4 @@ def test_books_are_the_sum_of_known_usages_in_many_histories(capsys: pytest.Capt
         done += run(300, 80, derandomize=False)
     with capsys.disabled():
         print(f"\nmodel: {done} steps")
+        print("model, the last of them: " + ", ".join(f"{name} {count}" for name, count in ENDS.most_common(40)))

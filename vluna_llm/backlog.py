@@ -49,10 +49,20 @@ class Backlog:
         self._waiting: dict[str, int] = {}  # the number of the timer that counts; others of that id are void
         self._known: set[str] = set()
         self._again: set[str] = set()
-        self.more = False
-        """Whether the journal holds settlements that are not here."""
+        self._more = False
+        self._left_out = False  # since the journal was last asked
         self._look_at = 0.0
         self._pause = _UNPRODUCTIVE
+
+    @property
+    def more(self) -> bool:
+        """Whether the journal holds settlements that are not here."""
+        return self._more
+
+    @more.setter
+    def more(self, more: bool) -> None:
+        self._more = more
+        self._left_out = self._left_out or more
 
     def __len__(self) -> int:
         """How many settlements are here, those on their way and those that wait for another attempt included."""
@@ -174,11 +184,15 @@ class Backlog:
 
     def looking(self, now: float) -> None:
         """The journal is being asked: nobody else needs to, for a while."""
+        self._left_out = False
         self._look_at = now + _LONGEST_UNPRODUCTIVE
 
     def refilled(self, now: float, taken: int, everything: bool) -> None:
-        """The journal was asked: ``taken`` settlements were new; ``everything`` that is undelivered is here now."""
-        self.more = not everything
+        """The journal was asked: ``taken`` settlements were new; ``everything`` that is undelivered is here now.
+
+        What found no room here since it was asked may not be in its answer.
+        """
+        self._more, self._left_out = not everything or self._left_out, False
         self._pause = _UNPRODUCTIVE if taken else min(2 * self._pause, _LONGEST_UNPRODUCTIVE)
         self._look_at = now if taken else now + self._pause
 

@@ -75,6 +75,30 @@ def test_one_customer_can_neither_fill_the_window_nor_keep_others_out() -> None:
     assert [backlog.next(0.0), backlog.next(0.0)] == [(ANN, "a0"), (BOB, "b0")]
 
 
+def test_what_finds_no_room_while_the_journal_is_being_read_is_read_with_the_next_look() -> None:
+    """It came after the journal had answered, so that the answer, complete as it was, does not hold it."""
+    backlog = Backlog(window=32)
+    backlog.more = True
+    backlog.looking(0.0)
+    late = [backlog.offer(f"a{number}", ANN, 0.0) for number in range(20)]
+    assert "full" in late
+    backlog.refilled(0.0, 0, True)
+    assert backlog.more
+    drain(backlog)
+    backlog.looking(20.0)
+    backlog.refilled(20.0, 4, True)
+    assert not backlog.more
+
+
+def test_what_a_look_has_to_find_and_came_after_it_is_looked_for_again() -> None:
+    """The settler is told of rows in the journal while it reads it."""
+    backlog = Backlog()
+    backlog.looking(0.0)
+    backlog.more = True
+    backlog.refilled(0.0, 0, True)
+    assert backlog.more
+
+
 def test_very_many_customers_are_bounded_too() -> None:
     backlog = Backlog(window=100)
     for number in range(1_000):

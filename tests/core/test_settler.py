@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -419,3 +420,27 @@ def test_the_alarm_is_raised_while_arrivals_outrun_the_drain_and_called_off_when
     while vluna.telemetry.counts["vluna.outbox.backlog"] == 1 and time.monotonic() < until:
         time.sleep(0.05)
     assert vluna.telemetry.counts["vluna.outbox.backlog"] == 2, "and that it is over is told, too"
+
+
+def test_what_comes_in_while_the_journal_is_read_back_and_finds_no_room_is_delivered_too(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer of the journal was whole when it was given, and does not hold it."""
+    vluna = make_vluna(outbox=str(tmp_path))
+    settler = vluna._running().settler
+    monkeypatch.setattr(settler._backlog, "_window", 32)
+    early, late = [begin(vluna, "bob") for _ in range(20)], [begin(vluna, "ann") for _ in range(20)]
+    read = settler._ledger.journal.due
+
+    def due(*how: Any) -> Any:
+        found = read(*how)
+        while found.complete and late:
+            late.pop().finish(USED)
+        return found
+
+    monkeypatch.setattr(settler._ledger.journal, "due", due)
+    with settler._changed:  # nothing goes out before all have come, so that they find no room
+        for operation in early:
+            operation.finish(USED)
+    assert vluna.flush(30)
+    assert (len(charged(gate, "bob")), len(late), len(charged(gate, "ann"))) == (20, 0, 20)

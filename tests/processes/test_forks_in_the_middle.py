@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from programs import Program, charged, eventually, files
+from programs import Program, charged, eventually, files, starts_threads_at_the_end
 
 from vluna_llm import Vluna
 from vluna_llm.outbox import Journal, forks
@@ -323,6 +323,7 @@ with concurrent.futures.ThreadPoolExecutor(4) as pool:
     assert [charged(gate, f"context_{n}") for n in range(8)] == [[120]] * 8
 
 
+@starts_threads_at_the_end
 def test_what_a_child_left_by_os_exit_is_paid_by_its_parent_at_exit(gate: Sandbox, program: Program) -> None:
     """As a queue's work horse does it: a fork for each job, ended by ``os._exit`` as soon as the job is done."""
     gate.faults.add("latency", "meters", times=None, seconds=0.3)

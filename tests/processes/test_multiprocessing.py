@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from programs import Program, charged, eventually, files
+from programs import Program, charged, eventually, files, starts_threads_at_the_end
 
 from vluna_llm import Vluna
 from vluna_llm.sandbox import Sandbox
@@ -210,6 +210,7 @@ if __name__ == "__main__":
 """
 
 
+@starts_threads_at_the_end
 @pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_what_a_terminated_pool_left_is_delivered_by_its_parent_at_exit(
     gate: Sandbox, program: Program, how: str

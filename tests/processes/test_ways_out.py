@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from programs import Program, charged, eventually, files
+from programs import Program, charged, eventually, files, starts_threads_at_the_end
 
 from vluna_llm import Vluna
 from vluna_llm.sandbox import Sandbox
@@ -16,6 +16,7 @@ from vluna_llm.sandbox import Sandbox
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
 
+@starts_threads_at_the_end
 def test_threads_that_go_on_after_the_main_thread_have_paid(gate: Sandbox, program: Program) -> None:
     gate.faults.add("latency", "commits", times=None, seconds=0.1)
     ended = program.run(
@@ -179,6 +180,7 @@ def test_what_ended_is_charged_however_the_process_ends(
     assert len(vluna._running().ledger.journal.rows("lost")) == 1
 
 
+@starts_threads_at_the_end
 def test_an_open_answer_at_exit_is_given_back_at_once(gate: Sandbox, program: Program) -> None:
     """No thread may have been needed before, and some Pythons start none while they end."""
     started = time.monotonic()

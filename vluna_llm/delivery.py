@@ -341,10 +341,15 @@ class Delivery:
     ) -> float | None:
         receipt = receipt_of(row, state, result, detail)
         stored = receipt_json(receipt)
+        dropped = False
 
         def change(now: Row) -> Row:
+            nonlocal dropped
             if now.state.route != row.state.route:
                 return now  # usage outranked the cancel while it was on its way
+            if state in ("booked", "rebooked") and (charged := now.state.charged_all_the_same()) is not now.state:
+                dropped = True
+                return now.evolve(state=charged, receipt=stored)
             return now.evolve(
                 state=_machine_step(now.state, state), receipt=stored, last_error=detail or now.last_error
             )
@@ -353,6 +358,14 @@ class Delivery:
         hit("delivery.finished")
         if ended is not None and ended.state.settlement == "pending":
             return 0.0
+        if dropped:
+            self._telemetry.emit(
+                "vluna.settlement.ordered",
+                "error",
+                attributes_of(row),
+                span=span_of(row),
+                message="dropped while it was on its way, and CHARGED all the same: undo what was settled by hand",
+            )
         tell_end(self._telemetry, row, receipt)
         store.settled(ended or row, receipt)
         return None

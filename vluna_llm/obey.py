@@ -44,13 +44,15 @@ def carry_out(ledger: Ledger, settler: Settler, telemetry: Telemetry, at_most: i
 
 
 def _carried_out(order: Order, ledger: Ledger, settler: Settler, telemetry: Telemetry) -> bool:
-    """Whether the order is done with; False where its row is still being taken over from a dead process."""
+    """Whether the order is done with; False where that cannot be told yet: it is looked at again in a moment."""
     what = what_of(order)
     row = ledger.get(order.operation_id)
     if what is None or row is None:
         return True  # of another version, or settled and pruned since
     if row.arrived_from is not None:
-        return False
+        return False  # still being taken over from a dead process
+    if what == "drop" and settler.delivering(row.operation_id):
+        return False  # it may be charged at this moment: nobody is told that it was dropped
     if row.stage is None:
         seen, changed = row, ledger.apply(row.operation_id, lambda now: ordered(now, what))
         assert changed is not None

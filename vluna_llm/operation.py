@@ -232,6 +232,12 @@ class OperationState:
         route: Route = "ingest" if self.route == "ingest" else "commit"
         return replace(self, settlement="lapsed", route=route, look_first=False)
 
+    def charged_all_the_same(self) -> OperationState:
+        """The gate charged what an operator dropped while it was on its way."""
+        if self.settlement != "lapsed" or self.route not in ("commit", "ingest"):
+            return self
+        return replace(self, settlement="rebooked" if self.is_repair else "booked")
+
     def lapsed(self) -> OperationState:
         """Nothing is owed and nothing is sent; the lease runs out by itself."""
         return replace(self, settlement="lapsed") if self.settlement in ("none", "pending", "sent") else self

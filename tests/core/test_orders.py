@@ -266,6 +266,41 @@ def test_the_owner_is_told_in_its_telemetry(vluna: Vluna, gate: Sandbox) -> None
     assert vluna.telemetry.counts["vluna.settlement.ordered"] == before + 1
 
 
+def test_nobody_is_told_that_something_was_dropped_while_it_is_on_its_way(vluna: Vluna, gate: Sandbox) -> None:
+    """The gate charges it a moment later: the order waits for the answer, and then says so."""
+    operation = begin(vluna)
+    gate.faults.add("latency", "commits", seconds=1.0)
+    operation.finish(USED)
+    runtime = runtime_of(vluna)
+    eventually(lambda: runtime.settler.delivering(operation.operation_id))
+    place(journal_of(vluna), [(operation.operation_id, "drop")])
+    assert carry_out(runtime.ledger, runtime.settler, runtime.telemetry) == 0
+    assert waiting_in(journal_of(vluna)) != []
+    assert vluna.flush(10)
+    carry_out(runtime.ledger, runtime.settler, runtime.telemetry)
+    assert waiting_in(journal_of(vluna)) == []
+    assert charged(gate) == [("commit", 120)]
+    assert row_of(vluna, operation).state.settlement == "booked"
+
+
+def test_what_was_charged_although_it_was_dropped_is_told_as_charged(
+    vluna: Vluna, gate: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The drop came between the look and the sending of the bytes."""
+    operation = begin(vluna)
+    gate.faults.add("latency", "commits", seconds=0.5)
+    operation.finish(USED)
+    runtime = runtime_of(vluna)
+    eventually(lambda: row_of(vluna, operation).state.settlement == "sent")
+    runtime.ledger.apply(operation.operation_id, lambda now: ordered(now, "drop"))
+    assert vluna.flush(10)
+    receipt = operation.wait(10)
+    assert receipt is not None
+    assert (receipt.state, receipt.charged_xusd) == ("booked", gate.booked("ann").charged_xusd)
+    assert row_of(vluna, operation).state.settlement == "booked"
+    assert "CHARGED all the same" in caplog.text
+
+
 def test_what_is_to_be_dropped_is_not_due_any_more(
     make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Path
 ) -> None:

@@ -285,11 +285,11 @@ class World:
                 self.broken.append(f"{key} was sent with {len(seen)} different bodies")
             if path.endswith("/cancel") and not self.truths[base].cancelled:
                 self.broken.append(f"{process} cancelled {base}, whose owner never gave it up")
-        while self.meanwhile:
+        while self.meanwhile and wire.method == "POST":
             self.meanwhile.pop()()
 
     def _answered(self, process: str, wire: Any) -> None:
-        while self.meanwhile_after:
+        while self.meanwhile_after and wire.method == "POST":
             self.meanwhile_after.pop()()
 
     def _look(self, process: SimProcess) -> None:

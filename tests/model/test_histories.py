@@ -63,3 +63,19 @@ def test_a_refused_commit_that_an_operator_repairs_is_booked_by_an_ingest_with_b
     world.order(row, "repair")
     settle(world)
     assert list(world.charged().values()) == [70]
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_what_was_composed_is_sent_again_as_it_was_though_the_prices_are_others(world: World, answered: bool) -> None:
+    """The process dies with its commit on the way; composed once more, it would be another commit of the same key."""
+    gate, process = world.gate.sandbox, world.start()
+    gate.price("openai.gpt-a.tokens.input", 3)
+    gate.unprice("openai.gpt-a.tokens.output")
+    call = world.begin(process, "ann", "gpt-a", 70, job=None, crash_at=None)
+    world.end(call, complete(70), 70)
+    (world.meanwhile_after if answered else world.meanwhile).append(lambda: process.die("killed"))
+    process.act(lambda: process.deliver(1))
+    assert process.dead
+    gate.price("openai.gpt-a.tokens.output", 12)
+    settle(world)
+    assert list(world.charged().values()) == [70]

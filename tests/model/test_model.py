@@ -42,7 +42,9 @@ outages: st.SearchStrategy[Fate | None] = st.sampled_from(
     (None, None, "refused_connection", "request_lost", "answer_lost", "key_refused", "error_after", "bad_gateway")
 )
 mostly = st.sampled_from((True, True, False))
-METERS = tuple(feature + part for feature in FEATURES for part in ("", ".tokens.input", ".tokens.output"))
+METERS = tuple(
+    feature + part for feature in FEATURES for part in ("", ".tokens.input", ".tokens.cached", ".tokens.output")
+)
 
 
 class Books(RuleBasedStateMachine):

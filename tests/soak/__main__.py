@@ -25,6 +25,7 @@ def soak(
     fault_rate: Annotated[float, typer.Option(help="Share of gate requests with an accident.", min=0, max=1)] = 0.12,
     think: Annotated[float, typer.Option(help="Mean seconds between two calls of one caller.", min=0.001)] = 0.05,
     drain_seconds: Annotated[float, typer.Option(help="Patience with the delivery of what is left.", min=1)] = 420.0,
+    dialect: Annotated[str, typer.Option(help="Of the gate: lease_token or lease.")] = "lease_token",
     sabotage: Annotated[str, typer.Option(help=f"Break the package on purpose: {', '.join(SABOTAGES)}.")] = "",
     keep: Annotated[Optional[Path], typer.Option(help="A folder for logs, books and evidence.")] = None,  # noqa: UP045
 ) -> None:
@@ -45,6 +46,7 @@ def soak(
         fault_rate=fault_rate,
         think=think,
         drain_seconds=drain_seconds,
+        dialect=dialect,
         sabotage=sabotage,
         keep=keep,
     )

@@ -1,7 +1,7 @@
 """The embedded gate in a process of its own, with its bad habits on and its books on disk.
 
-Started as ``python soak_gate.py FOLDER PORT KEY_ID KEY_SECRET SEED``; may be killed and started again on the same
-folder and port. Told on its standard input: ``habits_off``, ``books``, ``quit``.
+Started as ``python soak_gate.py FOLDER PORT KEY_ID KEY_SECRET SEED DIALECT``; may be killed and started again on the
+same folder and port. Told on its standard input: ``habits_off``, ``books``, ``quit``.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ _HABITS: tuple[tuple[FaultKind, str | None, float], ...] = (
 """What goes wrong inside the gate, where, and how often beside the others."""
 
 
-def config(folder: Path, key_id: str, secret: str) -> dict[str, Any]:
+def config(folder: Path, key_id: str, secret: str, dialect: str) -> dict[str, Any]:
     """The gate's configuration: two features with prices, nothing springs up by itself, everybody is rich but one."""
     tokens = [meter for meter in PRICES if meter.startswith(f"{MODEL_FEATURE}.")]
     return {
+        "dialect": dialect,
         "realm_id": "realm-soak",
         "key_id": key_id,
         "key_secret": secret,
@@ -126,7 +127,7 @@ def books(gate: Sandbox, path: Path) -> None:
 def main() -> None:
     folder, port, key_id, secret, seed = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
     done = threading.Event()
-    with Sandbox(config(folder, key_id, secret), port=port) as gate:
+    with Sandbox(config(folder, key_id, secret, sys.argv[6]), port=port) as gate:
         habits = Habits(gate, seed)
 
         def command(message: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ class Options:
     pauses_per_minute: float = 6.0
     gate_restarts_per_minute: float = 1.0
     drain_seconds: float = 420.0
+    dialect: str = "lease_token"
     sabotage: str = ""
     keep: Path | None = None
 

@@ -128,7 +128,9 @@ class Soak:
 
     def _start_gate(self, port: int) -> Helper:
         seed = str(self._random.randrange(1 << 30))
-        return self._help("soak_gate.py", str(self.folder), str(port), self._key_id, self._secret, seed)
+        return self._help(
+            "soak_gate.py", str(self.folder), str(port), self._key_id, self._secret, seed, self.options.dialect
+        )
 
     # -- the middle: kills, pauses, restarts -------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,16 @@ from .ledger import LedgerClosed
 from .telemetry import Telemetry
 
 Note = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _InTurn:
+    """A note that is not done before those that came before it, nor in the middle of a chore."""
+
+    act: Note
+
+    def __call__(self) -> None:
+        self.act()
 
 
 @dataclass(slots=True)
@@ -41,6 +52,7 @@ class Keeper:
         self._telemetry = telemetry
         self._thread: threading.Thread | None = None
         self._chores: list[_Chore] = []
+        self._put_off: deque[_InTurn] = deque()
         self._guard = threading.RLock()
         self._stopping = False
 
@@ -59,6 +71,32 @@ class Keeper:
     def note(self, act: Note) -> None:
         """Run ``act`` soon. Safe in a finalizer, in any thread, inside any lock: it only queues."""
         self._notes.put(act)
+
+    def in_turn(self, act: Note) -> None:
+        """Run ``act``, which may take its time, when everything before it is done."""
+        self._notes.put(_InTurn(act))
+
+    def catch_up(self) -> None:
+        """Do the notes that wait: what a finalizer knows of a call's usage is nowhere else until then.
+
+        Called between the steps of whatever takes its time on this keeper's thread; elsewhere it does nothing.
+        """
+        if threading.current_thread() is self._thread:
+            for _ in range(self._notes.qsize()):
+                self._do_next(self._put_off.append)
+
+    def give_up(self) -> None:
+        """Do the notes that the thread has not come to: it was stopped, and may be busy with something long."""
+        for _ in range(self._notes.qsize()):
+            self._do_next(lambda act: None)
+
+    def _do_next(self, other: Callable[[_InTurn], None]) -> None:
+        with contextlib.suppress(queue.Empty):
+            act = self._notes.get_nowait()
+            if isinstance(act, _InTurn):
+                other(act)
+            else:
+                self._do("note", act)
 
     def every(self, seconds: float, name: str, act: Note) -> None:
         """Run ``act`` every so many seconds, first after that time."""
@@ -80,7 +118,7 @@ class Keeper:
                     self._do("note", self._notes.get_nowait())
             return True
         noted = threading.Event()
-        self._notes.put(noted.set)
+        self.in_turn(noted.set)
         return noted.wait(timeout)
 
     def stop(self) -> threading.Thread | None:
@@ -95,7 +133,7 @@ class Keeper:
     def _run(self) -> None:
         while not self._stopping:
             try:
-                act = self._notes.get(timeout=self._until_next())
+                act = self._put_off.popleft() if self._put_off else self._notes.get(timeout=self._until_next())
             except queue.Empty:
                 pass
             else:

@@ -281,7 +281,7 @@ class Process:
         """At exit: look once more for what children left that were killed or that ended by ``os._exit``."""
         runtime = self._life.runtime
         if runtime is not None:
-            runtime.settler.keeper.note(runtime._adopt)
+            runtime.settler.keeper.in_turn(runtime._adopt)
             return
         settings = self._settings
         if settings.mode == "off" or settings.missing_credentials():

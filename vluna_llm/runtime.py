@@ -133,7 +133,7 @@ class Runtime:
             # At once: operations that began before ``close`` end in this runtime, and must find their rows.
             self._adopt([predecessor])
         # Not on the caller's path: a directory may hold the backlog of a long outage.
-        self.settler.keeper.note(self._adopt)
+        self.settler.keeper.in_turn(self._adopt)
         self.settler.keeper.every(_ADOPT_EVERY * random.uniform(0.8, 1.2), "adopt", self._adopt)
         self.settler.keeper.note(self._carry_out_orders)
         self.settler.keeper.every(_ORDERS_EVERY, "orders", self._carry_out_orders)
@@ -163,6 +163,7 @@ class Runtime:
                     waiting += 1
                     self.settler.enqueue(now, due=now.next_attempt_at)
                 lost += row.state.settlement == "lost"
+            self.settler.keeper.catch_up()
         if paths is None and (self.settings.outbox_shared is not None or not self._looked_for_shared):
             self._looked_for_shared = True
             self.settler.recall()
@@ -229,6 +230,7 @@ class Runtime:
         started = time.monotonic()
         delivered = self.settler.flush(timeout)
         self.settler.stop(max(0.2, timeout - (time.monotonic() - started)))
+        self.settler.keeper.give_up()
         return delivered
 
     def close(self) -> Path | None:

@@ -1,0 +1,104 @@
+"""What a finalizer noted is done soon, whatever else the keeper is busy with, and before the journal is given up."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vluna_llm import TokenUsage, Vluna, call_context, failpoints
+from vluna_llm.ending import Ending
+from vluna_llm.lifecycle import ModelCall, Operation
+from vluna_llm.operation import OperationState
+from vluna_llm.outbox import Journal, Row
+from vluna_llm.sandbox import Sandbox
+
+CALL = ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": []})
+USED = Ending("complete", usage=TokenUsage(100, 20), finished=True, response_id="resp_1")
+
+
+@pytest.fixture(autouse=True)
+def _disarmed() -> Iterator[None]:
+    yield
+    failpoints.arm(None)
+
+
+def begin(vluna: Vluna) -> Operation:
+    with call_context(principal_id="ann"):
+        operation = vluna.begin(CALL)
+    assert operation is not None
+    return operation
+
+
+def leave_behind(directory: Path, gate: Sandbox, number: int) -> None:
+    """The journal of a dead process, whose settlements are due later."""
+    dead = Journal(directory)
+    state = OperationState().leased("lease_token").started().completed(TokenUsage(1, 1), "provider")
+    for n in range(number):
+        dead.insert(
+            Row(
+                operation_id=f"dead-{n}",
+                base_url=gate.base_url,
+                realm_id=gate.realm_id,
+                pid=1,
+                principal_id="bob",
+                user_id="bob",
+                feature_code="openai.gpt-4o-mini",
+                created_at=time.time(),
+                authorize_key=f"key-{n}:auth",
+                settle_key=f"key-{n}",
+                state=state,
+                lease_token=f"lease.{n}.0",
+                next_attempt_at=time.time() + 3_600,
+            )
+        )
+    assert dead.close()
+
+
+def test_what_a_finalizer_noted_does_not_wait_for_the_backlog_of_a_dead_process(
+    gate: Sandbox, make_vluna: Callable[..., Vluna], tmp_path: Path
+) -> None:
+    leave_behind(tmp_path, gate, 1_100)
+    seen: list[bool] = []
+    vluna = make_vluna(outbox=str(tmp_path))
+    noted: list[Operation] = []
+    ready = threading.Event()
+
+    def between(name: str) -> None:
+        if name == "adoption.copied":
+            ready.wait(10)
+            if not noted:
+                noted.append(operation)
+                operation.abandon(lambda: USED)
+            else:
+                row = vluna._running().ledger.get(operation.operation_id)
+                seen.append(row is None or row.state.usage is not None)
+
+    failpoints.arm(between)
+    operation = begin(vluna)
+    ready.set()
+    until = time.monotonic() + 20
+    while len(seen) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert seen == [True, True]
+
+
+def test_what_a_finalizer_noted_is_stored_at_the_end_also_where_the_keeper_did_not_come_to_it(
+    make_vluna: Callable[..., Vluna], tmp_path: Path
+) -> None:
+    vluna = make_vluna(outbox=str(tmp_path))
+    operation = begin(vluna)
+    runtime = vluna._running()
+    path, busy = runtime.ledger.journal.path, threading.Event()
+    assert path is not None
+    runtime.settler.keeper.in_turn(lambda: (busy.wait(30), None)[1])
+    operation.abandon(lambda: USED)
+    assert not vluna.close(timeout=0.1)
+    busy.set()
+    with sqlite3.connect(path) as db:
+        found = db.execute("SELECT settlement, usage IS NOT NULL FROM operations").fetchall()
+    assert found == [("pending", 1)]

@@ -221,7 +221,11 @@ def _unreadable(row: Row) -> Verdict:
     detail = "it was answered 2xx with a body that is not the gate's"
     if row.attempts < _READ_AGAIN:
         return Verdict("retry", detail=detail)
-    kept = Verdict("retry_slowly", detail=f"{detail}: does VLUNA_SERVICE_BASE_URL point to the gate?")
+    # Attempts of every kind are counted, so that one such answer after a few lost ones is no reason to slow down yet.
+    soon = row.attempts < FAST_ATTEMPTS
+    kept = Verdict(
+        "retry" if soon else "retry_slowly", detail=f"{detail}: does VLUNA_SERVICE_BASE_URL point to the gate?"
+    )
     return _look_up(detail, uncharged=kept, unproven=kept)
 
 

@@ -320,3 +320,11 @@ def test_nothing_is_dropped_that_does_not_wait() -> None:
     booked = running.completed(USAGE, "provider").sent().booked()
     for state in (OperationState(), running, booked, running.parked()):
         assert state.dropped() is state
+
+
+@pytest.mark.parametrize("end", ["failed", "aborted", "parked"])
+def test_an_estimate_never_outranks_how_the_work_was_seen_to_end(end: str) -> None:
+    """The answer broke, and then its consumer closed what was left of it, with ``on_abort="estimate"``."""
+    ended = getattr(OperationState().leased("lease_token").started(), end)()
+    assert ended.completed(USAGE, "estimated") == ended
+    assert ended.completed(USAGE, "provider") != ended, "what the provider reports does"

@@ -106,6 +106,8 @@ class OperationState:
         """
         if self.work == "completed" or not self.may_run or self.work == "not_started":
             return self
+        if source == "estimated" and self.work != "running":
+            return self  # a guess never outranks how the work was seen to end
         if self.settlement not in ("none", "pending", "sent", "lapsed", "lost") or (
             self.settlement in ("pending", "sent", "lapsed") and self.route not in ("cancel", None)
         ):

@@ -417,7 +417,10 @@ class Sharing:
             busy = self._workers.delivering(operation_id)
             row = self._ledger.get(operation_id)
             if row is not None and (busy or row.state.settlement not in _UNDELIVERED):
-                self._ledger.apply(operation_id, _with_stage(None))
+                here = self._ledger.apply(operation_id, _with_stage(None))
+                if here is not None and here.state.settlement in _UNDELIVERED:
+                    # The worker may have seen the mark and given the row up.
+                    self._workers.deliver_here([here])
                 return None
         return row
 

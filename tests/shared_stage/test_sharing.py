@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,17 +16,25 @@ pytest.importorskip("psycopg", reason="psycopg (the extra 'postgres') is not ins
 
 import psycopg
 
-from vluna_llm import Vluna
+from vluna_llm import Vluna, call_context, failpoints
 from vluna_llm import sharing as sharing_module
+from vluna_llm.claims import Claims
 from vluna_llm.context import Scope
+from vluna_llm.delivery import Delivery, Elsewhere
+from vluna_llm.ending import Ending
 from vluna_llm.errors import ConfigurationError, OutboxUnavailable
 from vluna_llm.ledger import Ledger
+from vluna_llm.lifecycle import ModelCall
 from vluna_llm.operation import OperationState
 from vluna_llm.outbox import Journal, Row
 from vluna_llm.outbox.postgres import Claim, SharedOutbox
+from vluna_llm.pricing import PriceBook
+from vluna_llm.sandbox import Sandbox
 from vluna_llm.sharing import Sharing
 from vluna_llm.telemetry import Telemetry
+from vluna_llm.types import Receipt
 from vluna_llm.usage import TokenUsage
+from vluna_llm.usage.features import MeterNames
 
 GATE, REALM = "https://gate/mgt/v1", "realm"
 CREDENTIALS = {"base_url": GATE, "realm_id": REALM, "key_id": "pk-1", "key_secret": "A" * 43 + "="}
@@ -175,6 +184,8 @@ def test_a_row_that_is_being_sent_from_here_is_not_shared(process: Process) -> N
     until(lambda: process.stage("op-2")[0] == "shared")
     assert process.stage("op-1") == (None, "sent")
     assert process.other.get("op-1") is None
+    # It may have seen the mark that was taken back, and given the row up: it has to look again.
+    assert {one.operation_id for one in process.workers.here} == {"op-1"}
     process.workers.busy.clear()
     found = process.ledger.get("op-1")
     assert found is not None
@@ -183,6 +194,66 @@ def test_a_row_that_is_being_sent_from_here_is_not_shared(process: Process) -> N
     shared = process.other.get("op-1")
     assert shared is not None
     assert shared.body == b"{}"
+
+
+def test_what_is_being_copied_at_this_moment_is_not_delivered_yet(process: Process) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def wait(name: str) -> None:
+        if name == "sharing.marked":
+            reached.set()
+            go_on.wait(10)
+
+    failpoints.arm(wait)
+    try:
+        process.add(row(), row("op-2"))
+        assert reached.wait(10)
+        assert process.sharing.outstanding == 2
+        assert not process.sharing.in_vain(1.0, 60.0)
+    finally:
+        go_on.set()
+        failpoints.arm(None)
+    until(lambda: process.stage("op-2")[0] == "shared")
+
+
+class Stolen:
+    """A row that goes to the shared outbox between two looks of a worker."""
+
+    def __init__(self, row: Row, looks: int) -> None:
+        self.row = row
+        self.looks = looks
+
+    def get(self, operation_id: str) -> Row:
+        return self._look()
+
+    def apply(self, operation_id: str, change: Callable[[Row], Row]) -> Row:
+        self.row = change(self._look())
+        return self.row
+
+    def _look(self) -> Row:
+        self.looks -= 1
+        if self.looks < 0:
+            self.row = self.row.evolve(stage="sharing")
+        return self.row
+
+    def sync(self) -> None:
+        raise AssertionError("nothing was stored")
+
+    def settled(self, row: Row, receipt: Receipt) -> None:
+        raise AssertionError("nothing was settled")
+
+
+@pytest.mark.parametrize("looks", [0, 1])
+@pytest.mark.parametrize("state", [PENDING, PENDING.sent()])
+def test_a_worker_does_not_send_what_has_gone_to_the_shared_outbox(looks: int, state: OperationState) -> None:
+    class Courier:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError("nothing is asked of the gate")
+
+    prices = PriceBook(lambda feature, principal, user: {})
+    delivery = Delivery(Courier(), prices, Telemetry(), meters="never", names=lambda feature: MeterNames())
+    sent = {"body": b"{}", "path": "/gate/commits"} if state.settlement == "sent" else {}
+    assert delivery.deliver("op-1", Stolen(row(state=state, lease_token="lease.x.y", **sent), looks)) is None
 
 
 def test_a_row_that_postgresql_cannot_hold_is_delivered_from_here(process: Process) -> None:
@@ -242,6 +313,66 @@ def test_one_row_finds_out_whether_the_gate_is_back(idle: Process, psql: Any) ->
     assert idle.sharing.store_of(probe.operation_id, probe.lane) is not None
     idle.sharing.attempted(probe.operation_id, probe.lane, None)
     until(lambda: len({one.operation_id for one in idle.workers.fed}) == 9)
+
+
+def test_a_lane_of_which_something_is_on_its_way_is_not_given_back(process: Process, psql: Any) -> None:
+    process.add(row(), row("op-2", "bob"))
+    until(lambda: len(process.workers.fed) == 2)
+    assert process.sharing.store_of("op-1", ("ann", "ann")) is not None
+    process.workers.away = 30.0
+    until(lambda: lanes_held(psql) == 1)
+    time.sleep(1.5)
+    assert psql.execute("SELECT principal_id FROM vluna_llm_lanes WHERE owner IS NOT NULL").fetchall() == [("ann",)]
+    process.sharing.attempted("op-1", ("ann", "ann"), None)
+    until(lambda: lanes_held(psql) == 0)
+
+
+def test_a_delivery_does_not_begin_at_the_end_of_a_claim(process: Process) -> None:
+    """What is sent must be answered before another host may have the lane."""
+    claims = Claims(process.other, 1.0, settled=lambda row, receipt: None, lost=lambda row, claim: None)
+    for left, begins in ((5.0, True), (0.5, False)):
+        claims.take([Claim("ann", "ann", "me", 1, time.monotonic() + left)])
+        claims.in_hand([row()])
+        store = claims.store_of("op-1", ("ann", "ann"))
+        assert store is not None
+        if begins:
+            assert store.get("op-1") == row()
+        else:
+            with pytest.raises(Elsewhere):
+                store.get("op-1")
+        claims.attempted("op-1", ("ann", "ann"))
+
+
+def test_a_row_that_waits_for_another_attempt_waits_in_postgresql(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, database: str, psql: Any
+) -> None:
+    gate.faults.add("status", "commits", times=None, status=503)
+    vluna = make_vluna(outbox_shared=database)
+    with call_context(principal_id="ann"):
+        operation = vluna.begin(ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": []}))
+    assert operation is not None
+    operation.finish(Ending("complete", usage=TokenUsage(10, 5), finished=True))
+    settler = vluna._running().settler
+    until(lambda: settler.outstanding == 1)
+
+    def attempts() -> int:
+        found = psql.execute("SELECT attempts FROM vluna_llm_operations").fetchone()
+        return 0 if found is None else int(found[0])
+
+    until(lambda: _there(psql) and attempts() >= 2)
+    assert settler.outstanding == 1
+    psql.execute("UPDATE vluna_llm_operations SET next_attempt_at = next_attempt_at + 3600")
+    time.sleep(0.3)
+    until(lambda: len(settler._backlog) == 0, "nothing is left in memory")
+    gate.faults.clear()
+    psql.execute("UPDATE vluna_llm_operations SET next_attempt_at = 0")
+    psql.execute("UPDATE vluna_llm_lanes SET due_at = now()")
+    assert vluna.flush(10)
+    assert [entry.quantity for entry in gate.booked("ann").entries] == [15]
+
+
+def _there(psql: Any) -> bool:
+    return psql.execute("SELECT to_regclass('vluna_llm_operations')").fetchone() != (None,)
 
 
 # -- what becomes of rows --------------------------------------------------------------------------------------------

@@ -83,6 +83,8 @@ class Ledger:
         self._guard = threading.RLock()
         self._watching = threading.RLock()
         self.closed = False
+        self.forgotten = 0
+        """Settlements that could be written nowhere when the journal was given up."""
         self._rows: OrderedDict[str, Row] = OrderedDict()
         self._unwritten: dict[str, Row] = {}
         self._watches: dict[str, Watch] = {}
@@ -208,6 +210,8 @@ class Ledger:
                 with contextlib.suppress(OutboxUnavailable):
                     self.journal.replace(unwritten)
                     del self._unwritten[key]
+            unwritten_rows = self._unwritten.values()
+            self.forgotten = sum(row.state.settlement in ("pending", "sent") for row in unwritten_rows)
             waiting = [(row, watch) for key, watch in self._watches.items() if (row := self._find(key)) is not None]
             kept = self.journal.close()
         for row, watch in waiting:

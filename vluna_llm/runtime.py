@@ -240,12 +240,15 @@ class Runtime:
         left = self.settler.outstanding
         path = self.ledger.journal.path
         kept = self.ledger.close()
-        if left:
+        lost = left if path is None else self.ledger.forgotten
+        if left - lost > 0:
             log.warning(
-                "%d settlement(s) are not delivered yet: %s",
-                left,
-                f"they wait in {path} and go out with the next process" if path else "they were in memory and are LOST",
+                "%d settlement(s) are not delivered yet: they wait in %s and go out with the next process",
+                left - lost,
+                path,
             )
+        if lost:
+            log.error("%d settlement(s) were in memory only, could not be delivered and are LOST", lost)
         return path if kept else None
 
     def left_to_parent(self) -> None:

@@ -102,3 +102,17 @@ def test_what_a_finalizer_noted_is_stored_at_the_end_also_where_the_keeper_did_n
     with sqlite3.connect(path) as db:
         found = db.execute("SELECT settlement, usage IS NOT NULL FROM operations").fetchall()
     assert found == [("pending", 1)]
+
+
+def test_what_could_be_written_nowhere_is_not_said_to_wait_on_disk(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk took the operation and not its usage, and the gate is away: nobody will ever charge it."""
+    gate.faults.add("status", "commits", times=None, status=503)
+    vluna = make_vluna(outbox=str(tmp_path))
+    operation = begin(vluna)
+    vluna._running().ledger.journal._db.execute("PRAGMA query_only = ON")
+    operation.finish(USED)
+    assert not vluna.close(timeout=0.3)
+    assert "1 settlement(s) were in memory only, could not be delivered and are LOST" in caplog.text
+    assert "go out with the next process" not in caplog.text

@@ -39,6 +39,7 @@ from vluna_llm.usage.features import MeterNames
 GATE, REALM = "https://gate/mgt/v1", "realm"
 CREDENTIALS = {"base_url": GATE, "realm_id": REALM, "key_id": "pk-1", "key_secret": "A" * 43 + "="}
 PENDING = OperationState().leased("lease_token").started().completed(TokenUsage(10, 5), "provider")
+WITHOUT_LEASE = OperationState().ungated().started().completed(TokenUsage(10, 5), "provider")
 BOOKED = json.dumps({"state": "booked", "amount_xusd": 42, "charged_xusd": 42, "commit_id": "c-1"})
 
 
@@ -243,8 +244,9 @@ class Stolen:
         raise AssertionError("nothing was settled")
 
 
-@pytest.mark.parametrize("looks", [0, 1])
-@pytest.mark.parametrize("state", [PENDING, PENDING.sent()])
+@pytest.mark.parametrize(
+    ("looks", "state"), [(0, WITHOUT_LEASE), (0, PENDING.sent()), (1, PENDING), (1, PENDING.sent())]
+)
 def test_a_worker_does_not_send_what_has_gone_to_the_shared_outbox(looks: int, state: OperationState) -> None:
     class Courier:
         def __getattr__(self, name: str) -> Any:
@@ -253,7 +255,8 @@ def test_a_worker_does_not_send_what_has_gone_to_the_shared_outbox(looks: int, s
     prices = PriceBook(lambda feature, principal, user: {})
     delivery = Delivery(Courier(), prices, Telemetry(), meters="never", names=lambda feature: MeterNames())
     sent = {"body": b"{}", "path": "/gate/commits"} if state.settlement == "sent" else {}
-    assert delivery.deliver("op-1", Stolen(row(state=state, lease_token="lease.x.y", **sent), looks)) is None
+    of_a_job = row(state=state, lease_token="lease.x.y", derived=True, **sent)
+    assert delivery.deliver("op-1", Stolen(of_a_job, looks)) is None
 
 
 def test_a_row_that_postgresql_cannot_hold_is_delivered_from_here(process: Process) -> None:

@@ -38,7 +38,7 @@ from .keeper import started
 from .ledger import LedgerClosed
 from .outbox.reading import journals_below
 from .reentry import held
-from .runtime import Runtime
+from .runtime import PATIENCE, Runtime
 from .settings import Settings
 from .tap import forget_open
 from .telemetry import Telemetry
@@ -69,12 +69,12 @@ class _Life:
         if self.runtime is not None:
             self.notes.put(partial(_retirement.add, self))
 
-    def close(self, timeout: float) -> bool:
+    def close(self, timeout: float, patience: float = PATIENCE) -> bool:
         """Deliver for at most ``timeout`` seconds, then stop; what is left waits in the journal."""
         runtime = self.runtime
         if runtime is None:
             return True
-        done = runtime.stop(timeout)
+        done = runtime.stop(timeout, patience)
         with self.guard:
             if self.runtime is runtime:
                 self.left = runtime.close()
@@ -255,10 +255,10 @@ class Process:
         runtime = self._life.runtime
         return runtime is None or runtime.flush(timeout)
 
-    def close(self, timeout: float) -> bool:
+    def close(self, timeout: float, patience: float = PATIENCE) -> bool:
         """Deliver for at most ``timeout`` seconds, then stop; what is left waits in the journal."""
         self._run_for_notes()
-        return self._life.close(timeout)
+        return self._life.close(timeout, patience)
 
     def _run_for_notes(self) -> None:
         """A note may have been taken after ``close``: somebody has to act on it."""
@@ -317,12 +317,15 @@ def _close_all() -> None:
                 process.take_over_from_children()
     deadline = time.monotonic() + EXIT_SECONDS
     for life in list(_alive):
+        left = deadline - time.monotonic()
+        # Threads that do not come are waited for once, however many instances have some.
+        patience = min(PATIENCE, max(0.0, left + PATIENCE))
         with contextlib.suppress(Exception):
             process_of = life.process()
             if process_of is not None:
-                process_of.close(max(0.0, deadline - time.monotonic()))
+                process_of.close(max(0.0, left), patience)
             else:
-                life.close(max(0.0, deadline - time.monotonic()))
+                life.close(max(0.0, left), patience)
 
 
 def _spawned() -> bool:

@@ -41,6 +41,8 @@ from .usage.features import MeterNames
 from .usage.types import TokenUsage
 
 SETTLE_TIMEOUT = 5.0
+PATIENCE = 0.2
+"""Seconds for which threads are waited for that end: those in the middle of an exchange do not come."""
 _ORDERS_EVERY = 2.0
 _ADOPT_AT_ONCE = 500
 _ALL = sys.maxsize
@@ -225,11 +227,14 @@ class Runtime:
         """Deliver what is pending; False where something is left after ``timeout`` seconds."""
         return self.settler.flush(timeout)
 
-    def stop(self, timeout: float) -> bool:
-        """Deliver for at most ``timeout`` seconds, then end the threads; False where something is left."""
+    def stop(self, timeout: float, patience: float = PATIENCE) -> bool:
+        """Deliver for at most ``timeout`` seconds, then end the threads; False where something is left.
+
+        ``patience``: seconds for which the threads are waited for at least.
+        """
         started = time.monotonic()
         delivered = self.settler.flush(timeout)
-        self.settler.stop(max(0.2, timeout - (time.monotonic() - started)))
+        self.settler.stop(max(patience, timeout - (time.monotonic() - started)))
         self.settler.keeper.give_up()
         return delivered
 

@@ -145,8 +145,10 @@ class Settler:
         if self._sharing is not None:
             here += self._sharing.outstanding
         if more:
-            waiting = [total for total in self._ledger.journal.totals() if total.settlement in ("pending", "sent")]
-            return max(here, sum(total.count for total in waiting if total.stage is None))
+            here = max(here, 1)  # where the journal cannot be read, too
+            with contextlib.suppress(OutboxUnavailable):
+                waiting = [total for total in self._ledger.journal.totals() if total.settlement in ("pending", "sent")]
+                here = max(here, sum(total.count for total in waiting if total.stage is None))
         return here
 
     def flush(self, timeout: float | None) -> bool:
@@ -195,7 +197,7 @@ class Settler:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
         if self._sharing is not None:
-            self._sharing.stop(max(0.2, deadline - time.monotonic()))
+            self._sharing.stop(max(min(0.2, timeout), deadline - time.monotonic()))
 
     # -- the workers -----------------------------------------------------------------------------------------------
 

@@ -81,3 +81,23 @@ def test_a_killed_process_loses_what_it_had_not_seen_and_nothing_else(
     assert vluna.flush(10)
     assert [entry.quantity for entry in gate.booked("ann").entries] == ([120] if moment == "after" else [])
     assert len(vluna._running().ledger.journal.rows("lost")) == (1 if moment == "before" else 0)
+
+
+@pytest.mark.slow
+def test_a_gate_that_hangs_holds_up_the_exit_for_the_same_few_seconds_however_many_instances_there_are(
+    gate: Sandbox, tmp_path: Path
+) -> None:
+    gate.faults.add("hang", "commits", times=None)
+    more = """
+import time
+others = [Vluna() for _ in range(25)]
+for other in others:
+    with call_context(principal_id="ann"):
+        one = other.begin(ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": []}))
+    one.finish(Ending("complete", usage=TokenUsage(100, 20), finished=True))
+print(time.time(), flush=True)
+"""
+    ended = run(gate, tmp_path, after=more)
+    took = time.time() - float(ended.stdout)
+    assert ended.returncode == 0
+    assert 4.5 < took < 8.5

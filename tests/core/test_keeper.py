@@ -12,6 +12,7 @@ import pytest
 
 from vluna_llm import TokenUsage, Vluna, call_context, failpoints
 from vluna_llm.ending import Ending
+from vluna_llm.errors import OutboxUnavailable
 from vluna_llm.lifecycle import ModelCall, Operation
 from vluna_llm.operation import OperationState
 from vluna_llm.outbox import Journal, Row
@@ -116,3 +117,22 @@ def test_what_could_be_written_nowhere_is_not_said_to_wait_on_disk(
     assert not vluna.close(timeout=0.3)
     assert "1 settlement(s) were in memory only, could not be delivered and are LOST" in caplog.text
     assert "go out with the next process" not in caplog.text
+
+
+def test_a_journal_that_cannot_be_read_any_more_does_not_keep_anybody_from_closing(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be more in it than memory holds; how many cannot be told."""
+    gate.faults.add("status", "commits", times=None, status=503)
+    vluna = make_vluna(outbox=str(tmp_path))
+    runtime = vluna._running()
+    begin(vluna).finish(USED)
+    runtime.settler.read_again()
+
+    def totals() -> None:
+        raise OutboxUnavailable("no descriptor is left")
+
+    monkeypatch.setattr(runtime.ledger.journal, "totals", totals)
+    monkeypatch.setattr(runtime.ledger.journal, "due", lambda *how: totals())
+    assert not vluna.close(timeout=0.3)
+    assert runtime.ledger.closed

@@ -256,7 +256,9 @@ def test_a_worker_does_not_send_what_has_gone_to_the_shared_outbox(looks: int, s
     delivery = Delivery(Courier(), prices, Telemetry(), meters="never", names=lambda feature: MeterNames())
     sent = {"body": b"{}", "path": "/gate/commits"} if state.settlement == "sent" else {}
     of_a_job = row(state=state, lease_token="lease.x.y", derived=True, **sent)
-    assert delivery.deliver("op-1", Stolen(of_a_job, looks)) is None
+    store = Stolen(of_a_job, looks)
+    assert delivery.deliver("op-1", store) is None
+    assert store.row == of_a_job.evolve(stage="sharing")
 
 
 def test_a_row_that_postgresql_cannot_hold_is_delivered_from_here(process: Process) -> None:

@@ -82,7 +82,7 @@ class Store(Protocol):
     """
 
     def get(self, operation_id: str) -> Row | None:
-        """The row as it stands; None where it is not delivered from here."""
+        """The row as it stands; None where it is not delivered from here. `OutboxUnavailable` where nobody knows."""
         ...
 
     def apply(self, operation_id: str, change: Callable[[Row], Row]) -> Row | None:

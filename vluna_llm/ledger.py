@@ -132,7 +132,16 @@ class Ledger:
         return watch
 
     def get(self, operation_id: str) -> Row | None:
-        """The row as it stands."""
+        """The row as it stands; None where there is none.
+
+        Raises:
+            OutboxUnavailable: the journal cannot be read at this moment: there may be one.
+        """
+        with self._guard:
+            return self._in_memory(operation_id) or self.journal.get(operation_id)
+
+    def known(self, operation_id: str) -> Row | None:
+        """The row as it stands; None where there is none, or the journal cannot be read at this moment."""
         with self._guard:
             return self._find(operation_id)
 
@@ -226,13 +235,13 @@ class Ledger:
             raise LedgerClosed
 
     def _find(self, operation_id: str) -> Row | None:
-        row = self._rows.get(operation_id) or self._unwritten.get(operation_id)
-        if row is None:
-            try:
-                row = self.journal.get(operation_id)
-            except OutboxUnavailable:
-                return None
-        return row
+        try:
+            return self._in_memory(operation_id) or self.journal.get(operation_id)
+        except OutboxUnavailable:
+            return None
+
+    def _in_memory(self, operation_id: str) -> Row | None:
+        return self._rows.get(operation_id) or self._unwritten.get(operation_id)
 
     def _store(self, old: Row, row: Row) -> None:
         key = row.operation_id

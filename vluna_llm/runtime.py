@@ -155,17 +155,21 @@ class Runtime:
         base_url, realm_id, _, _ = self.settings.require_credentials()
         waiting = lost = total = 0
         adopted = self.ledger.adopt(base_url, realm_id, paths)
-        while batch := list(itertools.islice(adopted, _ADOPT_AT_ONCE)):
-            total += len(batch)
-            # An operator's orders first, which arrived with the rows: what was dropped is not delivered.
-            ordered = carry_out(self.ledger, self.settler, self.telemetry, _ALL)
-            for row in batch:
-                now = self.ledger.get(row.operation_id) if ordered else row
-                if now is not None and now.state.settlement in ("pending", "sent"):
-                    waiting += 1
-                    self.settler.enqueue(now, due=now.next_attempt_at)
-                lost += row.state.settlement == "lost"
-            self.settler.keeper.catch_up()
+        try:
+            while batch := list(itertools.islice(adopted, _ADOPT_AT_ONCE)):
+                total += len(batch)
+                # An operator's orders first, which arrived with the rows: what was dropped is not delivered.
+                ordered = carry_out(self.ledger, self.settler, self.telemetry, _ALL)
+                for row in batch:
+                    now = (self.ledger.known(row.operation_id) or row) if ordered else row
+                    if now.state.settlement in ("pending", "sent"):
+                        waiting += 1
+                        self.settler.enqueue(now, due=now.next_attempt_at)
+                    lost += row.state.settlement == "lost"
+                self.settler.keeper.catch_up()
+        except Exception:
+            self.settler.read_again()  # what has moved is in this journal, and in nobody's memory
+            raise
         if paths is None and (self.settings.outbox_shared is not None or not self._looked_for_shared):
             self._looked_for_shared = True
             self.settler.recall()

@@ -124,6 +124,7 @@ class Sharing:
         self._in_batch = 0  # taken from these two, and being copied at this moment
         self._unstorable: set[str] = set()
         self._more = True  # the journal may hold rows that were never offered
+        self._unread = False  # and some of them could not be read
         self._waiting: OrderedDict[str, float] = OrderedDict()  # shared, and when the next attempt is due
         self._more_waiting = False
         self._look_pause = _LOOK_EVERY[0]
@@ -141,7 +142,9 @@ class Sharing:
             if self._thread is None and not self._stopping:
                 self._thread = started(self._run, "vluna-llm-sharing")
             self._cannot_run = self._thread is None
-            here = [row for key in self._new if (row := self._ledger.get(key)) is not None] if self._cannot_run else []
+            here = (
+                [row for key in self._new if (row := self._ledger.known(key)) is not None] if self._cannot_run else []
+            )
         workers.deliver_here(here)
 
     def take(self, row: Row) -> bool:
@@ -291,6 +294,8 @@ class Sharing:
                 pass
         if self._is_due("follow", now):
             self._due["follow"] = now + _FOLLOW_EVERY
+            if self._unread:
+                self._unread, self._more = False, True
             self._follow()
         waits = [self._due["claim"], self._due["tidy"], self._due["follow"]]
         if len(self.claims):
@@ -323,7 +328,7 @@ class Sharing:
                 message=f"{why}; new settlements are delivered from this host, those that were being copied wait",
             )
         assert self._workers is not None
-        here = [row for key in new if (row := self._ledger.get(key)) is not None and row.stage is None]
+        here = [row for key in new if (row := self._ledger.known(key)) is not None and row.stage is None]
         self._workers.deliver_here(here)
         if more:
             self._workers.read_again()
@@ -353,6 +358,11 @@ class Sharing:
             self._in_batch = len(unsure) + len(new)
         try:
             return self._share_batch(unsure, new)
+        except BaseException:
+            with self._guard:  # how far it came is written in the rows
+                self._unsure.extend(unsure)
+                self._new.extend(new)
+            raise
         finally:
             self._in_batch = 0
 
@@ -364,12 +374,7 @@ class Sharing:
         if rows:
             self._ledger.sync()
             hit("sharing.marked")
-            try:
-                offered = self._offered(rows)
-            except BaseException:
-                with self._guard:
-                    self._unsure.extend(row.operation_id for row in rows)
-                raise
+            offered = self._offered(rows)
             hit("sharing.offered")
         for row in offered:
             self._ledger.apply(row.operation_id, _with_stage("shared"))
@@ -408,14 +413,16 @@ class Sharing:
             ours = ours and operation_id not in self._unstorable
             return now.evolve(stage="sharing") if ours and now.state.settlement in _UNDELIVERED else now
 
-        before = self._ledger.get(operation_id)
+        before = self._ledger.known(operation_id)
+        if before is None:
+            self._unread = True  # settled and pruned since, or it cannot be read now: then it is looked for again
         row = None if before is None else self._ledger.apply(operation_id, mark)
         if row is None or row.stage != "sharing" or row.state.settlement not in _UNDELIVERED:
             return None
         if before is not None and before.stage is None and self._workers is not None:
             # A worker that had stored "sent" before the mark may be sending; one that comes later sees the mark.
             busy = self._workers.delivering(operation_id)
-            row = self._ledger.get(operation_id)
+            row = self._ledger.known(operation_id)
             if row is not None and (busy or row.state.settlement not in _UNDELIVERED):
                 here = self._ledger.apply(operation_id, _with_stage(None))
                 if here is not None and here.state.settlement in _UNDELIVERED:
@@ -599,7 +606,7 @@ class Sharing:
         found = self._staged("shared", _PUT_ASIDE, self._followed)
         self._followed = found[-1][0] if len(found) == _BATCH else 0
         for ended in self._shared.ended([key for _, key in found]).rows:
-            here = self._ledger.get(ended.operation_id)
+            here = self._ledger.known(ended.operation_id)
             if here is not None and here.state.settlement != ended.state.settlement:
                 self._close(ended, receipt_from(ended))
 

@@ -136,3 +136,49 @@ def test_a_journal_that_cannot_be_read_any_more_does_not_keep_anybody_from_closi
     monkeypatch.setattr(runtime.ledger.journal, "due", lambda *how: totals())
     assert not vluna.close(timeout=0.3)
     assert runtime.ledger.closed
+
+
+def test_a_settlement_that_cannot_be_read_for_a_moment_is_not_forgotten(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of others came since, so that it is in the journal alone; a flush must not call it delivered."""
+    vluna = make_vluna(outbox=str(tmp_path))
+    ledger, read = vluna._running().ledger, vluna._running().ledger.journal.get
+    first, second = begin(vluna), begin(vluna)
+    gate.faults.add("latency", "commits", seconds=0.5)
+    first.finish(USED)
+    failures = [OutboxUnavailable("disk I/O error")]
+
+    def get(operation_id: str) -> Row | None:
+        if failures:
+            raise failures.pop()
+        return read(operation_id)
+
+    second.finish(USED)
+    ledger._rows.pop(second.operation_id)
+    monkeypatch.setattr(ledger.journal, "get", get)
+    assert not vluna.flush(3)
+    assert vluna._running().settler.outstanding == 1
+    assert not failures
+
+
+def test_what_was_taken_over_is_delivered_also_where_the_orders_cannot_be_read(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has moved by then, and nobody else will bring it."""
+    vluna = make_vluna(outbox=str(tmp_path))
+    runtime = vluna._running()
+    assert vluna.flush(5)
+    leave_behind(tmp_path, gate, 3)
+
+    def orders() -> None:
+        raise OutboxUnavailable("no descriptor is left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(runtime.ledger.journal, "orders", orders)
+        with pytest.raises(OutboxUnavailable):
+            runtime._adopt()
+    until = time.monotonic() + 10
+    while len(runtime.settler._backlog) < 3 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert len(runtime.settler._backlog) == 3

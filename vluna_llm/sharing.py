@@ -360,8 +360,7 @@ class Sharing:
             return self._share_batch(unsure, new)
         except BaseException:
             with self._guard:  # how far it came is written in the rows
-                self._unsure.extend(unsure)
-                self._new.extend(new)
+                self._unsure.extend((*unsure, *new))
             raise
         finally:
             self._in_batch = 0

@@ -217,6 +217,24 @@ def test_what_is_being_copied_at_this_moment_is_not_delivered_yet(process: Proce
     until(lambda: process.stage("op-2")[0] == "shared")
 
 
+def test_an_error_of_ours_in_the_middle_of_a_batch_leaves_no_row_behind(process: Process) -> None:
+    struck: list[str] = []
+
+    def strike(name: str) -> None:
+        if name == "sharing.offered" and not struck:
+            struck.append(name)
+            raise RuntimeError("a mistake")
+
+    failpoints.arm(strike)
+    try:
+        process.add(row(), row("op-2", "bob"))
+        until(lambda: process.stage("op-1")[0] == process.stage("op-2")[0] == "shared")
+    finally:
+        failpoints.arm(None)
+    assert struck == ["sharing.offered"]
+    assert process.telemetry.counts["vluna.internal_error"] == 1
+
+
 class Stolen:
     """A row that goes to the shared outbox between two looks of a worker."""
 

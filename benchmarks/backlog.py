@@ -54,6 +54,7 @@ def backlog(profile: Profile, customers: int) -> list[Figure]:
             with busy.calling():
                 _until_drained(vluna)
             took = time.perf_counter() - started
+        errors = vluna.telemetry.counts["vluna.internal_error"]
         alarms = vluna.telemetry.counts["vluna.outbox.backlog"]
         booked = around.gate.ask({"booked": "backlog_"})
         rate = count / took
@@ -67,6 +68,7 @@ def backlog(profile: Profile, customers: int) -> list[Figure]:
             budget=0,
             exact=True,
         ),
+        Figure(group, "errors of our own", "", errors, budget=0, exact=True),
         Figure(group, "calls a second while the gate is away", "1/s", count / arrived, note="one thread"),
         Figure(group, "drain", "1/s", rate, note=f"{took:.0f} s from the first answer of the gate to the last"),
         Figure(group, "the gate's own limit", "1/s", limit, note=f"the same requests, {_threads(customers)} at a time"),

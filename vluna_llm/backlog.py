@@ -70,12 +70,22 @@ class Backlog:
 
     # -- taking in -------------------------------------------------------------------------------------------------
 
-    def offer(self, operation_id: str, lane: Lane, now: float, delay: float = 0.0, *, must: bool = False) -> Offer:
+    def offer(
+        self,
+        operation_id: str,
+        lane: Lane,
+        now: float,
+        delay: float = 0.0,
+        *,
+        fresh: bool = False,
+        must: bool = False,
+    ) -> Offer:
         """Take a settlement, to be delivered not before ``delay`` seconds from now.
 
-        ``must`` takes it in whatever the room: it is nowhere else. ``known`` means that it is here already: another
-        settlement takes the place of the one that was to be delivered, and owes nothing to its delays. Where that one
-        is on its way at this moment, the new one is looked at when it has ended.
+        Half of the room is for ``fresh`` ones, of calls that ended just now: who calls while a backlog drains does not
+        wait for its end. ``must`` takes it in whatever the room: it is nowhere else. ``known`` means that it is here
+        already: another settlement takes the place of the one that was to be delivered, and owes nothing to its delays.
+        Where that one is on its way at this moment, the new one is looked at when it has ended.
         """
         if operation_id in self._known:
             if operation_id in self._waiting:
@@ -83,7 +93,8 @@ class Backlog:
             elif self._busy.get(lane) == operation_id:
                 self._again.add(operation_id)
             return "known"
-        if not must and (len(self._known) >= 2 * self._window or not self._room(lane, delay)):
+        most = 2 * self._window if fresh else self._window
+        if not must and (len(self._known) >= most or not self._room(lane, delay)):
             self.more = True
             return "full"
         self._known.add(operation_id)

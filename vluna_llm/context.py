@@ -129,6 +129,7 @@ def make_context(
 @dataclass(frozen=True, slots=True)
 class _Entry:
     estimated_xusd: int
+    kept: object
 
 
 _scopes: weakref.WeakSet[Scope] = weakref.WeakSet()
@@ -218,10 +219,10 @@ class Scope:
 
     # -- told by the lifecycle, from any thread ------------------------------------------------------------------
 
-    def opened(self, operation_id: str, estimated_xusd: int = 0) -> None:
-        """An operation started in this scope."""
+    def opened(self, operation_id: str, estimated_xusd: int = 0, *, kept: object = None) -> None:
+        """An operation started in this scope, which keeps ``kept`` until it is closed."""
         with self._changed:
-            self._pending[operation_id] = _Entry(estimated_xusd)
+            self._pending[operation_id] = _Entry(estimated_xusd, kept)
             self._estimated_xusd += estimated_xusd
 
     def used(self, usage: TokenUsage) -> None:

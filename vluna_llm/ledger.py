@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,16 +31,25 @@ class LedgerClosed(Exception):
 
 
 class Watch:
-    """How one operation ends, for whoever wants to know: its scopes, and callers that wait for the receipt."""
+    """How one operation ends, for whoever wants to know: its scopes, and callers that wait for the receipt.
 
-    __slots__ = ("_callbacks", "_guard", "closed", "receipt", "scopes")
+    It is kept by those alone (by a scope while it is pending, by the `Operation` itself) and keeps none of them: of a
+    backlog whose callers have gone, nothing stays in memory.
+    """
+
+    __slots__ = ("__weakref__", "_callbacks", "_guard", "_scopes", "closed", "receipt")
 
     def __init__(self, scopes: tuple[Scope, ...], guard: Guard) -> None:
-        self.scopes = scopes
+        self._scopes = tuple(map(weakref.ref, scopes))
         self.closed = False
         self.receipt: Receipt | None = None
         self._guard = guard
         self._callbacks: list[Callable[[], None]] = []
+
+    @property
+    def scopes(self) -> list[Scope]:
+        """The scopes that somebody still holds."""
+        return [scope for found in self._scopes if (scope := found()) is not None]
 
     def call_when_closed(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` once the operation is settled; at once where it already is."""
@@ -87,7 +97,7 @@ class Ledger:
         """Settlements that could be written nowhere when the journal was given up."""
         self._rows: OrderedDict[str, Row] = OrderedDict()
         self._unwritten: dict[str, Row] = {}
-        self._watches: dict[str, Watch] = {}
+        self._watches: weakref.WeakValueDictionary[str, Watch] = weakref.WeakValueDictionary()
 
     def open(self, row: Row, scopes: tuple[Scope, ...], estimated_xusd: int) -> Watch:
         """Store a new operation, before authorize is sent.
@@ -128,7 +138,7 @@ class Ledger:
         watch = Watch(scopes, self._watching)
         self._watches[operation_id] = watch
         for scope in scopes:
-            scope.opened(operation_id, estimated_xusd)
+            scope.opened(operation_id, estimated_xusd, kept=watch)
         return watch
 
     def get(self, operation_id: str) -> Row | None:

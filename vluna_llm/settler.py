@@ -103,20 +103,29 @@ class Settler:
         """The locks of the settler's own critical sections (`vluna_llm.reentry`)."""
         return self._guard, self.keeper.lock, *(self._sharing.locks if self._sharing else ())
 
-    def enqueue(self, row: Row, *, due: float = 0.0) -> None:
-        """Deliver this row's settlement, not before ``due`` (seconds since the epoch)."""
+    def enqueue(self, row: Row, *, due: float = 0.0, fresh: bool = True) -> None:
+        """Deliver this row's settlement, not before ``due`` (seconds since the epoch).
+
+        ``fresh``: its call ended just now; it does not wait behind a backlog.
+        """
         if self._sharing is not None and self._sharing.take(row):
             self.arrived += 1
             self._telemetry.gauges.arrived()
             return
-        self._deliver_here(row, due)
+        self._deliver_here(row, due, fresh)
 
-    def _deliver_here(self, row: Row, due: float) -> None:
+    def _deliver_here(self, row: Row, due: float, fresh: bool = False) -> None:
         # The clock may have jumped since ``due`` was stored; to look early costs one request.
         delay = min(max(0.0, due - time.time()), LONGEST_WAIT) if due else 0.0
         with self._changed:
+            now = time.monotonic()
             offer = self._backlog.offer(
-                row.operation_id, row.lane, time.monotonic(), delay, must=not self._ledger.is_stored(row.operation_id)
+                row.operation_id,
+                row.lane,
+                now,
+                delay,
+                fresh=fresh and self._breaker.state(now) == "closed",
+                must=not self._ledger.is_stored(row.operation_id),
             )
             if offer != "known":
                 self.arrived += 1

@@ -103,8 +103,17 @@ def test_very_many_customers_are_bounded_too() -> None:
     backlog = Backlog(window=100)
     for number in range(1_000):
         backlog.offer(f"op{number}", (f"c{number}", ""), 0.0)
-    assert len(backlog) <= 200
+    assert len(backlog) <= 100
     assert backlog.more
+
+
+def test_who_calls_while_a_backlog_of_very_many_customers_drains_does_not_wait_for_its_end() -> None:
+    backlog = Backlog(window=100)
+    for number in range(1_000):
+        backlog.offer(f"op{number}", (f"c{number}", ""), 0.0)
+    taken = [backlog.offer(f"new{number}", (f"n{number}", ""), 0.0, fresh=True) for number in range(1_000)]
+    assert taken.count("taken") == 100
+    assert len(backlog) == 200
 
 
 def test_what_waits_for_hours_leaves_room_for_what_is_due() -> None:

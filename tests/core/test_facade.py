@@ -551,3 +551,33 @@ def test_a_code_is_kept_in_lower_case_as_the_gate_does(vluna: Vluna, gate: Sandb
     operation.finish(USED)
     assert vluna.flush(5)
     assert gate.booked("ann").entries[0].feature == "chat.basic"
+
+
+def test_of_a_backlog_whose_callers_have_gone_nothing_is_kept_but_a_scope_that_is_held_is_told(
+    make_vluna: Any, gate: Sandbox
+) -> None:
+    vluna = make_vluna(authorize_deadline=0.2)
+    gate.stop()
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            with call_context(principal_id="ann"):
+                operation = vluna.begin(CALL)
+            assert operation is not None
+            operation.finish(USED)
+
+    with call_context(principal_id="ann") as scope:
+        held = vluna.begin(CALL)
+        assert held is not None
+        held.finish(USED)
+        del held
+    run(200)
+    gc.collect()
+    ledger = vluna._running().ledger
+    assert len(ledger._watches) == 1, "the scope that is held waits for its receipt"
+    assert scope.pending == 1
+    gate.start()
+    assert scope.wait(10)
+    assert [receipt.charged for receipt in scope.receipts] == [True]
+    assert vluna.flush(20)
+    assert len(gate.booked("ann").entries) == 201

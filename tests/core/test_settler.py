@@ -381,7 +381,15 @@ def test_a_gate_that_is_back_is_noticed_by_calls_and_settlements_alike(make_vlun
         complete(vluna)
     admissions, settler = vluna._admissions._breaker, vluna._running().settler._breaker
     in_a_while = time.monotonic() + 3600
-    admissions._retry_at = settler._retry_at = in_a_while
+
+    def left_alone() -> None:
+        until = time.monotonic() + 10
+        while settler.state(time.monotonic()) != "open" or settler._probing:
+            assert time.monotonic() < until, "the settler does not give up"
+            time.sleep(0.01)
+        admissions._retry_at = settler._retry_at = in_a_while
+
+    left_alone()
     gate.start()
     assert not vluna.flush(0.5), "nobody asks"
     admissions._retry_at = 0.0
@@ -391,9 +399,11 @@ def test_a_gate_that_is_back_is_noticed_by_calls_and_settlements_alike(make_vlun
     gate.stop()
     for _ in range(12):
         complete(vluna)
-    admissions._retry_at = in_a_while
+    left_alone()
     gate.start()
-    settler.probe_now(time.monotonic())
+    settler._retry_at = 0.0
+    with vluna._running().settler._changed:
+        vluna._running().settler._changed.notify_all()
     assert vluna.flush(10)
     assert len(charged(gate)) == 24
     assert begin(vluna).lease is not None, "a settlement told the calls"

@@ -130,11 +130,14 @@ def read_books(gate: Reader, row: Row, commit_id: str | None = None) -> Books:
     try:
         ratings: dict[str, Rating] = {}
         may_read = False
-        for page in _pages(gate, row, commit_id):
+        source = _source_of(gate, row, commit_id)
+        for page in _pages(gate, row, source):
             may_read = may_read or len(_read(page)) > 0
             if page.has_more or len(page) >= _PAGE:
                 return Books(gap="there are more ratings than the gate shows at once")
-            ratings.update((rating.rating_id, rating) for rating in page if rating.rating_id and _concerns(rating, row))
+            ratings.update(
+                (rating.rating_id, rating) for rating in page if rating.rating_id and _concerns(rating, row, source)
+            )
         if len(ratings) > MOST_RATINGS:
             return Books(gap=f"there are {len(ratings)} ratings")
         if not may_read:
@@ -154,8 +157,7 @@ def _read(page: Listing[Rating]) -> Listing[Rating]:
     return page
 
 
-def _pages(gate: Reader, row: Row, commit_id: str | None) -> Iterator[Listing[Rating]]:
-    source = _source_of(gate, row, commit_id)
+def _pages(gate: Reader, row: Row, source: str | None) -> Iterator[Listing[Rating]]:
     if source is not None:
         yield gate.ratings(
             principal_id=row.principal_id,
@@ -179,9 +181,14 @@ def _pages(gate: Reader, row: Row, commit_id: str | None) -> Iterator[Listing[Ra
         )
 
 
-def _concerns(rating: Rating, row: Row) -> bool:
-    """Whether it is on the row's lease, or its own; ingests of others happened at the same time."""
-    return rating.rating_kind != "ingest" or rating.labels.get("operation_id") == row.operation_id
+def _concerns(rating: Rating, row: Row, source: str | None) -> bool:
+    """Whether it is on the row's lease, or its own; ingests of others happened at the same time.
+
+    Looked at here, too: what does not know a filter gives what others were charged for.
+    """
+    if rating.rating_kind == "ingest":
+        return rating.labels.get("operation_id") == row.operation_id
+    return rating.source_ref in (source, None)
 
 
 def _source_of(gate: Reader, row: Row, commit_id: str | None) -> str | None:
@@ -211,7 +218,8 @@ def _allocated(gate: Reader, row: Row, rating: Rating) -> int:
     )
     if not page.parsed:
         raise GateUnavailable("the answer to ops/allocations is no list of them", status=page.status, retryable=True)
-    return sum(part.allocated_xusd or 0 for part in page if part.direction != "credit")
+    own = (part for part in page if part.rating_id in (rating.rating_id, None))
+    return sum(part.allocated_xusd or 0 for part in own if part.direction != "credit")
 
 
 def _booking(rating: Rating, allocated: int) -> Booking:

@@ -565,6 +565,21 @@ def test_an_ingest_of_somebody_else_at_the_same_moment_is_none_of_ours(vluna: Vl
     assert [(one.operation_id, one.charged) for one in read_books(vluna.gate, row).bookings] == [("op-1", True)]
 
 
+def test_what_others_were_charged_is_none_of_ours_also_where_a_filter_is_not_known(vluna: Vluna, gate: Sandbox) -> None:
+    """A gate, or what stands before it, that passes over what it does not know gives the whole list."""
+    operation, other = begin(vluna), begin(vluna)
+    assert operation.lease is not None
+    other.finish(USED)
+    assert vluna.flush(10)
+    gate.unprice(FEATURE)
+    vluna.gate.commit(lease=operation.lease, principal_id="ann", quantity=7)  # quarantined
+    ratings, allocations = vluna.gate.ratings, vluna.gate.allocations
+    vluna.gate.ratings = lambda **how: ratings(**{**how, "source_ref": None})  # type: ignore[method-assign]
+    vluna.gate.allocations = lambda **how: allocations(**{**how, "rating_id": None})  # type: ignore[method-assign]
+    (found,) = read_books(vluna.gate, row_of().evolve(lease_id=operation.lease.lease_id)).bookings
+    assert (found.quarantined, found.charged) == (True, False)
+
+
 def test_a_gate_whose_leases_have_no_id_is_asked_by_the_commit(make_vluna: Callable[..., Vluna]) -> None:
     with Sandbox(dialect="lease") as gate:
         vluna = Vluna(

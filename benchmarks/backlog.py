@@ -199,4 +199,5 @@ class _Caller:
             operation.finish(USED)
             finished = time.perf_counter()
             operation.wait(30)
-            self._settled.append(time.perf_counter() - finished)
+            if operation.lease is not None:  # else it is part of the outage
+                self._settled.append(time.perf_counter() - finished)

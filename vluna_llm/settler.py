@@ -88,6 +88,7 @@ class Settler:
         self.keeper.every(_TIDY_EVERY, "checkpoint", self._ledger.journal.checkpoint)
         self.keeper.every(_PRUNE_EVERY, "prune", self._prune)
         self._alarm = Alarm()
+        self._gone = 0
         self.keeper.every(_WATCH_EVERY, "alarm", self._watch)
 
     # -- taking work -----------------------------------------------------------------------------------------------
@@ -138,8 +139,10 @@ class Settler:
         self.keeper.once(_SYNC_WITHIN, "sync", self._sync)
 
     def _staff(self) -> None:
+        if len(self._threads) >= MAX_WORKERS or self._stopping:
+            return
         wanted = self._backlog.workload(time.monotonic()) + (self._backlog.next_due() is not None)
-        if self._idle < wanted and len(self._threads) < MAX_WORKERS and not self._stopping:
+        if self._idle < wanted:
             thread = started(self._work, f"vluna-llm-settler-{len(self._threads)}")
             if thread is not None:
                 self._threads.append(thread)
@@ -228,6 +231,9 @@ class Settler:
                 delay = _AFTER_AN_ERROR
                 if claimed is not None:
                     claimed.postpone(delay)
+            except BaseException:
+                self._worker_ended(lane, operation_id)
+                raise
             works: bool | None = self._this_thread.works
             with self._changed:
                 now = time.monotonic()
@@ -243,6 +249,16 @@ class Settler:
                 self._sharing.attempted(operation_id, lane, delay)
             with contextlib.suppress(Exception):
                 self._ledger.journal.checkpoint()
+
+    def _worker_ended(self, lane: Lane, operation_id: str) -> None:
+        """Something that is no error ended this thread (a greenlet is killed, a library panics): its lane goes on."""
+        with self._changed:
+            must = not self._ledger.is_stored(operation_id)
+            self._backlog.done(lane, operation_id, time.monotonic(), _AFTER_AN_ERROR, must=must)
+            self._breaker.unused(time.monotonic())
+            self._threads = [thread for thread in self._threads if thread is not threading.current_thread()]
+            self._changed.notify()
+            self._staff()
 
     def _next(self) -> tuple[Lane, str] | None:
         with self._changed:
@@ -389,7 +405,9 @@ class Settler:
     def _watch(self) -> None:
         """Tell when settlements come in faster than they go out, and when that is over (design rule 16)."""
         arrived, depth = self.arrived, self.outstanding
-        change = self._alarm.observe(time.monotonic(), arrived, max(0, arrived - depth), depth)
+        # The two are not of the same instant: what has gone out never comes back.
+        self._gone = max(self._gone, arrived - depth)
+        change = self._alarm.observe(time.monotonic(), arrived, self._gone, depth)
         if change is None:
             return
         behind = change.level == "behind"

@@ -454,3 +454,28 @@ def test_what_comes_in_while_the_journal_is_read_back_and_finds_no_room_is_deliv
             operation.finish(USED)
     assert vluna.flush(30)
     assert (len(charged(gate, "bob")), len(late), len(charged(gate, "ann"))) == (20, 0, 20)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_is_killed_takes_neither_its_lane_nor_its_place_with_it(
+    vluna: Vluna, gate: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A greenlet that is killed and a library that panics end a thread by what is no `Exception`."""
+    monkeypatch.setattr("vluna_llm.settler._AFTER_AN_ERROR", 0.1)
+
+    class Panic(BaseException):
+        pass
+
+    delivery = vluna._running().settler.delivery
+    deliver, left = delivery.deliver, [Panic()] * 20
+
+    def panicking(*args: Any) -> Any:
+        if left:
+            raise left.pop()
+        return deliver(*args)
+
+    monkeypatch.setattr(delivery, "deliver", panicking)
+    for _ in range(3):
+        complete(vluna)
+    assert vluna.flush(20)
+    assert charged(gate) == [120, 120, 120]

@@ -182,6 +182,7 @@ class Delivery:
         try:
             books = self._courier.books(row, result.commit_id if result is not None else None)
         except GateError as error:
+            self._heard(not _cannot_work(error))
             return Verdict("retry", detail=f"{doubt.detail}. The gate's own books could not be asked: {error.message}.")
         return judge_books(row, books, doubt)
 

@@ -231,6 +231,8 @@ class Settler:
                 delay = _AFTER_AN_ERROR
                 if claimed is not None:
                     claimed.postpone(delay)
+                else:
+                    self._postpone(operation_id, delay)
             except BaseException:
                 self._worker_ended(lane, operation_id)
                 raise
@@ -249,6 +251,12 @@ class Settler:
                 self._sharing.attempted(operation_id, lane, delay)
             with contextlib.suppress(Exception):
                 self._ledger.journal.checkpoint()
+
+    def _postpone(self, operation_id: str, delay: float) -> None:
+        """An error of ours struck: have the row left alone also where it is read back from the journal."""
+        due = time.time() + delay
+        with contextlib.suppress(Exception):
+            self._ledger.apply(operation_id, lambda now: now.evolve(next_attempt_at=due))
 
     def _worker_ended(self, lane: Lane, operation_id: str) -> None:
         """Something that is no error ended this thread (a greenlet is killed, a library panics): its lane goes on."""

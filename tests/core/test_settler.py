@@ -479,3 +479,22 @@ def test_a_worker_that_is_killed_takes_neither_its_lane_nor_its_place_with_it(
         complete(vluna)
     assert vluna.flush(20)
     assert charged(gate) == [120, 120, 120]
+
+
+def test_a_settlement_on_which_we_fail_ourselves_is_left_alone_in_the_journal_too(
+    vluna: Vluna, gate: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be read back at once where very many wait, and tried in a loop."""
+
+    def failing(*args: Any) -> Any:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(vluna._running().settler.delivery, "deliver", failing)
+    complete(vluna)
+    until = time.monotonic() + 10
+    while vluna.telemetry.counts["vluna.internal_error"] == 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not vluna.flush(0.5)
+    (row,) = vluna._running().ledger.journal.rows("pending")
+    assert row.next_attempt_at > time.time() + 30
+    assert vluna.telemetry.counts["vluna.internal_error"] == 1

@@ -43,6 +43,8 @@ class Backlog:
         self._window = window
         self._lanes: dict[Lane, deque[str]] = {}
         self._ready: deque[Lane] = deque()
+        self._fresh: deque[Lane] = deque()  # lanes that were empty when a call ended: every second turn is theirs
+        self._turn_of_fresh = True
         self._busy: dict[Lane, str] = {}
         self._timers: list[_Timer] = []
         self._number = 0
@@ -101,7 +103,7 @@ class Backlog:
         if delay > 0:
             self._wait(operation_id, lane, now + delay)
         else:
-            self._line_up(operation_id, lane)
+            self._line_up(operation_id, lane, fresh=fresh)
         return "taken"
 
     def holds(self, operation_id: str) -> bool:
@@ -121,13 +123,13 @@ class Backlog:
             return len(self._waiting) < self._window // 2
         return len(self._lanes.get(lane, ())) < self.room_of_a_lane()
 
-    def _line_up(self, operation_id: str, lane: Lane) -> None:
+    def _line_up(self, operation_id: str, lane: Lane, *, fresh: bool = False) -> None:
         waiting = self._lanes.get(lane)
         if waiting is None:
             waiting = self._lanes[lane] = deque()
         waiting.append(operation_id)
         if len(waiting) == 1 and lane not in self._busy:
-            self._ready.append(lane)
+            (self._fresh if fresh else self._ready).append(lane)
 
     def _wait(self, operation_id: str, lane: Lane, at: float, gate_was_away: bool = False) -> None:
         self._number += 1
@@ -143,13 +145,15 @@ class Backlog:
             if self._waiting.get(timer.operation_id) == timer.number:
                 del self._waiting[timer.operation_id]
                 self._line_up(timer.operation_id, timer.lane)
-        return len(self._ready)
+        return len(self._ready) + len(self._fresh)
 
     def next(self, now: float) -> tuple[Lane, str] | None:
         """The next settlement to deliver; its lane is busy until `done`. None where nothing is due."""
         if not self.workload(now):
             return None
-        lane = self._ready.popleft()
+        first = self._fresh if self._fresh and (self._turn_of_fresh or not self._ready) else self._ready
+        self._turn_of_fresh = first is not self._fresh
+        lane = first.popleft()
         operation_id = self._lanes[lane].popleft()
         self._busy[lane] = operation_id
         return lane, operation_id
@@ -233,7 +237,7 @@ class Backlog:
     @property
     def in_line(self) -> bool:
         """Whether something could be delivered at this moment."""
-        return bool(self._ready)
+        return bool(self._ready or self._fresh)
 
     @property
     def delivering(self) -> bool:

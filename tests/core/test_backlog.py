@@ -116,6 +116,16 @@ def test_who_calls_while_a_backlog_of_very_many_customers_drains_does_not_wait_f
     assert len(backlog) == 200
 
 
+def test_every_second_turn_is_a_new_calls() -> None:
+    backlog = Backlog()
+    for number in range(6):
+        backlog.offer(f"old{number}", (f"o{number}", ""), 0.0)
+        backlog.offer(f"new{number}", (f"n{number}", ""), 0.0, fresh=number < 3)
+    turns = drain(backlog)
+    assert turns[:6] == ["new0", "old0", "new1", "old1", "new2", "old2"]
+    assert len(turns) == 12
+
+
 def test_what_waits_for_hours_leaves_room_for_what_is_due() -> None:
     """A feature without a price holds thousands of settlements up; they must not hold up the others."""
     backlog = Backlog(window=100)
@@ -189,7 +199,7 @@ def test_with_its_journal_nothing_is_ever_forgotten_or_out_of_bounds(seed: int, 
                 arrivals -= 1
                 lane = (f"c{chance.randrange(lanes)}", "")
                 journal[f"op{arrivals}"] = (lane, 0.0)
-                backlog.offer(f"op{arrivals}", lane, now)
+                backlog.offer(f"op{arrivals}", lane, now, fresh=chance.random() < 0.5)
         if backlog.wants_more(now):
             due = sorted(journal.items(), key=lambda item: item[1][1])[: 2 * window]
             taken = 0

@@ -17,6 +17,7 @@ from .alarm import Alarm
 from .backlog import Backlog, Lane
 from .delivery import Courier, Delivery, Elsewhere
 from .errors import OutboxUnavailable
+from .failpoints import Crash
 from .keeper import Keeper, started
 from .ledger import Ledger, LedgerClosed
 from .outbox import DueRows, Row
@@ -233,6 +234,8 @@ class Settler:
                     claimed.postpone(delay)
                 else:
                     self._postpone(operation_id, delay)
+            except Crash:
+                raise
             except BaseException:
                 self._worker_ended(lane, operation_id)
                 raise

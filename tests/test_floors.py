@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"vluna", "manual"}),
     frozenset({"admission", "lifecycle", "preparation"}),
     frozenset({"process", "runtime"}),
-    frozenset({"settler", "delivery", "keeper", "sharing", "claims", "obey"}),
+    frozenset({"settler", "delivery", "keeper", "sharing", "obey"}),
     frozenset({"ledger", "settlement", "books"}),
     frozenset({"reporting"}),
     frozenset({"gate", "outbox"}),

@@ -203,9 +203,9 @@ def child(order: dict[str, Any]) -> int:
     os.environ.update(order["environment"])
     sys.stdout = sys.stderr
     if "VLUNA_LLM_OUTBOX_SHARED" in os.environ:
-        import vluna_llm.sharing
+        import vluna_llm.sharing.stage
 
-        vluna_llm.sharing.TTL = 1.0  # a claim of somebody dead is waited for
+        vluna_llm.sharing.stage.TTL = 1.0  # a claim of somebody dead is waited for
     if order["failpoint"]:
         failpoints.arm(kill_at(order["failpoint"], order["nth"]))
     SCENARIOS[order["scenario"]](Log(order["log"]))

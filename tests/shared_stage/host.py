@@ -109,11 +109,12 @@ class Host:
 
 def main() -> None:
     """The program of a host."""
-    from vluna_llm import TokenUsage, Vluna, call_context, failpoints, sharing
+    from vluna_llm import TokenUsage, Vluna, call_context, failpoints
     from vluna_llm.ending import Ending
     from vluna_llm.lifecycle import ModelCall
+    from vluna_llm.sharing import stage
 
-    sharing.TTL = float(os.environ["HOST_TTL"])
+    stage.TTL = float(os.environ["HOST_TTL"])
     vluna = Vluna()
     stop_at, kill_at, guard = os.environ["HOST_STOP_AT"], os.environ["HOST_KILL_AT"], threading.Lock()
 

@@ -17,8 +17,6 @@ pytest.importorskip("psycopg", reason="psycopg (the extra 'postgres') is not ins
 import psycopg
 
 from vluna_llm import Vluna, call_context, failpoints
-from vluna_llm import sharing as sharing_module
-from vluna_llm.claims import Claims
 from vluna_llm.context import Scope
 from vluna_llm.delivery import Delivery, Elsewhere
 from vluna_llm.ending import Ending
@@ -31,6 +29,8 @@ from vluna_llm.outbox.postgres import Claim, SharedOutbox
 from vluna_llm.pricing import PriceBook
 from vluna_llm.sandbox import Sandbox
 from vluna_llm.sharing import Sharing
+from vluna_llm.sharing import stage as sharing_module
+from vluna_llm.sharing.claims import Claims
 from vluna_llm.telemetry import Telemetry
 from vluna_llm.types import Receipt
 from vluna_llm.usage import TokenUsage

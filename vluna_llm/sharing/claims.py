@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from .delivery import Elsewhere
-from .errors import OutboxUnavailable
-from .outbox import Row
-from .types import Receipt
+from ..delivery import Elsewhere
+from ..errors import OutboxUnavailable
+from ..outbox import Row
+from ..types import Receipt
 
 if TYPE_CHECKING:
-    from .outbox.postgres import Claim, SharedOutbox
+    from ..outbox.postgres import Claim, SharedOutbox
 
 Lane = tuple[str, str]
 Settled = Callable[[Row, Receipt], None]
@@ -141,7 +141,7 @@ class Claims:
 
     def update(self, held: _Held, old: Row, new: Row) -> None:
         """Write under the claim. Raises `Elsewhere` where that cannot be: what was to be written is forgotten."""
-        from .outbox.postgres import ClaimLost
+        from ..outbox.postgres import ClaimLost
 
         claim = held.claim
         try:

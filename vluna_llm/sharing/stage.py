@@ -22,22 +22,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from ..errors import ConfigurationError, OutboxUnavailable
+from ..failpoints import hit
+from ..keeper import started
+from ..ledger import Ledger, LedgerClosed
+from ..operation import Settlement
+from ..outbox import Row
+from ..outbox.row import Stage
+from ..outbox.staged import staged
+from ..reporting import attributes_of, span_of
+from ..settlement import receipt_of
+from ..telemetry import Telemetry
+from ..types import Hint, Receipt, ReceiptState
 from .claims import ClaimedStore, Claims
-from .errors import ConfigurationError, OutboxUnavailable
-from .failpoints import hit
-from .keeper import started
-from .ledger import Ledger, LedgerClosed
-from .operation import Settlement
-from .outbox import Row
-from .outbox.row import Stage
-from .outbox.staged import staged
-from .reporting import attributes_of, span_of
-from .settlement import receipt_of
-from .telemetry import Telemetry
-from .types import Hint, Receipt, ReceiptState
 
 if TYPE_CHECKING:
-    from .outbox.postgres import Claim, SharedOutbox
+    from ..outbox.postgres import Claim, SharedOutbox
 
 TTL = 30.0
 """Seconds for which a lane is claimed; renewed at a third of it."""
@@ -385,7 +385,7 @@ class Sharing:
         return True
 
     def _offered(self, rows: Sequence[Row]) -> list[Row]:
-        from .outbox.postgres import Unstorable
+        from ..outbox.postgres import Unstorable
 
         plain = [row.evolve(stage=None, arrived_from=None) for row in rows]
         try:
@@ -647,7 +647,7 @@ def open_shared(url: str, base_url: str, realm_id: str) -> SharedOutbox:
         ConfigurationError: as `check_shared`.
     """
     check_shared(url)
-    from .outbox.postgres import SharedOutbox
+    from ..outbox.postgres import SharedOutbox
 
     return SharedOutbox(url, base_url, realm_id)
 
@@ -666,6 +666,6 @@ def check_shared(url: str) -> None:
             "VLUNA_LLM_OUTBOX_SHARED needs psycopg and libpq, which cannot be loaded here "
             f'({error}): pip install "vluna-llm[postgres]", or "psycopg[binary]" where the system has no libpq.'
         ) from None
-    from .outbox.postgres_connection import understood
+    from ..outbox.postgres_connection import understood
 
     understood(url)

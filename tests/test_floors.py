@@ -19,6 +19,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"integrations"}),
     frozenset({"sandbox"}),
     frozenset({"vluna", "manual"}),
+    frozenset({"slot"}),
     frozenset({"admission", "lifecycle", "preparation"}),
     frozenset({"process", "runtime"}),
     frozenset({"settler", "delivery", "keeper", "sharing", "obey"}),

@@ -248,6 +248,9 @@ class Admissions:
         hit("admission.denied")
         self._telemetry.gauges.admitted("denied")
         error = decision.error
+        if error is not None:
+            for scope in prepared.context.scopes:
+                scope.denied(error)
         self._telemetry.emit(
             "vluna.operation.denied",
             "info" if decision.severity == "quiet" else "warn" if decision.severity == "warn" else "error",

@@ -7,12 +7,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType, TracebackType
 from typing import Any
 
+from .errors import GateError
 from .identity import validate_code, validate_id, validate_labels
 from .reentry import held
 from .types import Receipt
@@ -152,6 +154,16 @@ class Scope:
         self._settled_xusd = 0
         self._estimated_xusd = 0
         self._occurrences: dict[str, int] = {}
+        self._last_denial: GateError | None = None
+
+    @property
+    def last_denial(self) -> GateError | None:
+        """The gate's last refusal of a call in here, with its reason and hints; None where there was none.
+
+        Frameworks may put an exception of their own in the place of ours: this one is always whole.
+        """
+        with self._changed:
+            return self._last_denial
 
     @property
     def receipts(self) -> list[Receipt]:
@@ -224,6 +236,11 @@ class Scope:
         with self._changed:
             self._pending[operation_id] = _Entry(estimated_xusd, kept)
             self._estimated_xusd += estimated_xusd
+
+    def denied(self, error: GateError) -> None:
+        """The gate refused a call of this scope."""
+        with self._changed:
+            self._last_denial = error
 
     def used(self, usage: TokenUsage) -> None:
         """An operation completed with this usage."""
@@ -321,6 +338,20 @@ class call_context:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.__exit__(kind, value, traceback)
+
+
+@contextmanager
+def within(context: CallContext) -> Iterator[CallContext]:
+    """Let what this context sets win in the ``with``, and add up nothing: for layers that have captured who pays."""
+    merged = current_context().override(context)
+    token = _current.set(merged)
+    try:
+        yield merged
+    finally:
+        try:
+            _current.reset(token)
+        except ValueError:
+            pass  # left in another task than it was entered in, which never saw it
 
 
 _EMPTY = CallContext()

@@ -52,7 +52,8 @@ class Operation:
     """One logical model call that was admitted.
 
     Every method is synchronous, never raises into the product, may be called from any thread and more than once: the
-    first ending that means something wins, and usage outranks an abort (design rules 3 and 4).
+    first ending that means something wins, and usage outranks an abort (design rules 3 and 4). ``ended`` tells whether
+    one was told yet.
     """
 
     __slots__ = (
@@ -62,6 +63,7 @@ class Operation:
         "_row",
         "_used",
         "_watch",
+        "ended",
         "lease",
         "on_abort",
         "operation_id",
@@ -85,6 +87,7 @@ class Operation:
         self._estimate = estimate
         self._pid = os.getpid()
         self._used = False
+        self.ended = False
         self.operation_id = row.operation_id
         self.lease = lease
         self.on_abort: OnAbort = on_abort
@@ -92,6 +95,21 @@ class Operation:
 
     def __repr__(self) -> str:
         return f"<Operation {self.operation_id} {self._row.feature_code}>"
+
+    @property
+    def customer(self) -> tuple[str, str]:
+        """Principal and user who pay."""
+        return self._row.principal_id, self._row.user_id
+
+    @property
+    def gate(self) -> tuple[str, str]:
+        """Base URL and realm of the gate that admitted it."""
+        return self._row.base_url, self._row.realm_id
+
+    @property
+    def feature_code(self) -> str:
+        """What is sold, as the lease has it."""
+        return self._row.feature_code
 
     # -- how it ends -----------------------------------------------------------------------------------------------
 
@@ -121,6 +139,7 @@ class Operation:
 
     def park(self, response_id: str | None) -> None:
         """The provider works on in the background; `Vluna.book_background` books what a retrieve brings."""
+        self.ended = True
         self._do("operation.park", lambda: self._process.write(lambda runtime: self._park(runtime, response_id)))
 
     def abandon(self, ending: Callable[[], Ending]) -> None:
@@ -156,6 +175,8 @@ class Operation:
     # -- plumbing --------------------------------------------------------------------------------------------------
 
     def _settle(self, verdict: Callable[[], Verdict], *, response_id: object = None, cause: str | None = None) -> None:
+        self.ended = True
+
         def settle() -> None:
             found, said = verdict(), plain_text(response_id)
             self._process.write(lambda runtime: self._settle_in(runtime, found, said, cause))

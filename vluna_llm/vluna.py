@@ -24,6 +24,7 @@ from .runtime import Runtime
 from .settings import Mode, Settings
 from .settlement import authorize_arguments
 from .sharing import check_shared
+from .slot import open_slot
 from .telemetry import Telemetry, log
 from .types import Lease
 from .usage.estimate import Estimate, Estimator
@@ -217,18 +218,33 @@ class Vluna:
     def begin(self, call: ModelCall, bound: CallContext | None = None) -> Operation | None:
         """Admit a model call: capture who pays, ask the gate, keep a row. None where the call is not metered.
 
+        Inside a slot (`vluna_llm.slot`) the operation that an outer layer has admitted is taken over.
+
         Raises:
             MissingPrincipal, ConfigurationError: nobody to bill, or something that can never be booked.
             GateDenied, GateRateLimited, InvalidGateRequest: the gate refused; the provider must not be called.
             GateUnavailable: no gate, and ``on_gate_unavailable="deny"``.
         """
+        if (claimed := self._claimed(bound)) is not None:
+            return claimed
         prepared = self._unless_observed(lambda: self._prepare(call, bound))
         return None if prepared is None else self._admit(prepared)
 
     async def abegin(self, call: ModelCall, bound: CallContext | None = None) -> Operation | None:
         """`begin` for coroutines."""
+        if (claimed := self._claimed(bound)) is not None:
+            return claimed
         prepared = self._unless_observed(lambda: self._prepare(call, bound))
         return None if prepared is None else await self._aadmit(prepared)
+
+    def feature_of(self, call: ModelCall, bound: CallContext | None = None) -> str:
+        """The feature code under which this call would be admitted.
+
+        Raises:
+            ConfigurationError: no code can be made of the model's name.
+        """
+        context = current_context() if bound is None else current_context().override(bound)
+        return context.feature_code or self._features.resolve(call.model, call.provider).feature_code
 
     def begin_work(self, context: CallContext, estimate: int) -> Operation | None:
         """Admit work that is no model call."""
@@ -308,6 +324,16 @@ class Vluna:
         log.warning("operation %s ended without op.record(...): nothing is charged", operation_id)
 
     # -- admission -------------------------------------------------------------------------------------------------
+
+    def _claimed(self, bound: CallContext | None) -> Operation | None:
+        slot = open_slot()
+        if slot is None or self._mode == "off":
+            return None
+        context = current_context() if bound is None else current_context().override(bound)
+        return slot.claim(
+            gate=(self.settings.base_url or "", self.settings.realm_id or ""),
+            customer=(context.principal_id, context.user_id),
+        )
 
     def _unless_observed(self, prepare: Callable[[], Prepared | None]) -> Prepared | None:
         """What ``prepare`` gives; in observe mode nothing is refused, and what cannot be billed is told."""

@@ -1,0 +1,132 @@
+"""An outer layer admits early; the first metered call inside takes the operation over, and nobody is billed twice."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from vluna_llm import TokenUsage, Vluna, call_context
+from vluna_llm.context import make_context, within
+from vluna_llm.ending import Ending
+from vluna_llm.errors import GateDenied
+from vluna_llm.lifecycle import ModelCall
+from vluna_llm.sandbox import Sandbox
+from vluna_llm.slot import Slot, inside, open_slot
+
+CALL = ModelCall("chat.completions", "openai", "gpt-4o", {"messages": []})
+USED = Ending("complete", usage=TokenUsage(input_tokens=10, output_tokens=5), finished=True)
+
+
+@pytest.fixture
+def gate() -> Any:
+    with Sandbox() as gate:
+        yield gate
+
+
+def vluna_for(gate: Sandbox, **settings: Any) -> Vluna:
+    return Vluna(
+        base_url=gate.base_url,
+        realm_id=gate.realm_id,
+        key_id=gate.key_id,
+        key_secret=gate.key_secret,
+        outbox="memory",
+        **settings,
+    )
+
+
+def charged(gate: Sandbox, principal: str) -> list[int]:
+    return [entry.quantity for entry in gate.booked(principal).entries]
+
+
+def test_the_first_call_inside_takes_it_over_and_the_second_is_its_own(gate: Sandbox) -> None:
+    with vluna_for(gate) as vluna, call_context(principal_id="ann"):
+        slot = Slot()
+        slot.offer(vluna.begin(CALL))
+        with inside(slot):
+            first, second = vluna.begin(CALL), vluna.begin(CALL)
+        assert first is slot.operation
+        assert slot.claimed
+        assert second is not first
+        for operation in (first, second):
+            assert operation is not None
+            operation.finish(USED)
+        assert vluna.flush(5)
+        assert charged(gate, "ann") == [15, 15]
+        assert len(gate.leases("ann")) == 2
+
+
+def test_it_is_taken_once_whoever_comes_at_the_same_time(gate: Sandbox) -> None:
+    with vluna_for(gate) as vluna, call_context(principal_id="ann"):
+        slot = Slot()
+        slot.offer(vluna.begin(CALL))
+        found: list[object] = []
+        start = threading.Barrier(8)
+
+        def claim() -> None:
+            start.wait()
+            found.append(slot.claim(gate=(gate.base_url, gate.realm_id), customer=(None, None)))
+
+        threads = [threading.Thread(target=claim) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [one for one in found if one is not None] == [slot.operation]
+
+
+@pytest.mark.parametrize("other", ["principal", "gate"])
+def test_work_for_somebody_else_is_passed_on(gate: Sandbox, other: str) -> None:
+    """A client inside that is bound to another customer, or to another gate, bills there and nowhere else."""
+    with vluna_for(gate) as vluna, Sandbox() as second, vluna_for(second) as elsewhere:
+        with call_context(principal_id="ann"):
+            slot = Slot()
+            slot.offer(vluna.begin(CALL))
+            with inside(slot):
+                if other == "gate":
+                    inner = elsewhere.begin(CALL)
+                else:
+                    inner = vluna.begin(CALL, make_context(principal_id="bob"))
+        assert inner is not slot.operation
+        assert slot.passed_on
+        assert not slot.claimed
+
+
+def test_what_has_ended_is_not_taken_over(gate: Sandbox) -> None:
+    with vluna_for(gate) as vluna, call_context(principal_id="ann"):
+        slot = Slot()
+        operation = vluna.begin(CALL)
+        assert operation is not None
+        slot.offer(operation)
+        operation.fail()
+        assert operation.ended
+        with inside(slot):
+            assert vluna.begin(CALL) is not operation
+
+
+def test_it_reaches_tasks_and_ends_with_its_block(gate: Sandbox) -> None:
+    async def main() -> None:
+        async with vluna_for(gate) as vluna:
+            with within(make_context(principal_id="ann")):
+                slot = Slot()
+                slot.offer(await vluna.abegin(CALL))
+                with inside(slot):
+                    assert await asyncio.create_task(vluna.abegin(CALL)) is slot.operation
+                assert open_slot() is None
+            slot.operation.fail()  # type: ignore[union-attr]
+
+    asyncio.run(main())
+
+
+def test_a_denial_is_kept_whole_where_the_caller_can_find_it(gate: Sandbox) -> None:
+    """Frameworks put exceptions of their own in its place."""
+    gate.set_credit("broke", 0)
+    with vluna_for(gate) as vluna, call_context(principal_id="broke") as outer:
+        with call_context(labels={"part": "inner"}) as scope, pytest.raises(GateDenied) as raised:
+            vluna.begin(CALL)
+        assert scope.last_denial is outer.last_denial is raised.value
+        assert raised.value.reason == "insufficient_credit"
+    with call_context(principal_id="ann") as scope:
+        assert scope.last_denial is None

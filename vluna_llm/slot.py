@@ -1,0 +1,83 @@
+"""A slot: an operation that an outer layer admitted early, and that the first metered call inside it takes over.
+
+A router or an agent framework has to ask the gate before it knows which client will do the work. Where that client is
+metered itself, the work would be asked for and billed twice. So the outer layer opens a slot; the first metered call
+inside claims the operation and settles it; a second one is work of its own. What nobody claimed is settled by the layer
+that opened it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+from .lifecycle import Operation
+
+Claim = Literal["open", "claimed", "passed_on"]
+
+
+class Slot:
+    """Holds at most one operation at a time for whoever claims it. Safe from any thread."""
+
+    __slots__ = ("_claim", "_guard", "operation")
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._claim: Claim = "open"
+        self.operation: Operation | None = None
+
+    @property
+    def claimed(self) -> bool:
+        """Whether a metered call inside settles this: the layer that opened the slot has nothing more to say."""
+        return self._claim == "claimed"
+
+    @property
+    def passed_on(self) -> bool:
+        """Whether a metered call inside bills this work to somebody else: what was admitted here is given up."""
+        return self._claim == "passed_on"
+
+    def offer(self, operation: Operation | None) -> None:
+        """Put an operation into the slot, in place of one that has ended; None closes it."""
+        with self._guard:
+            self.operation, self._claim = operation, "open"
+
+    def claim(self, *, gate: tuple[str, str], customer: tuple[str | None, str | None]) -> Operation | None:
+        """Take the operation over; None where there is none, where it was taken, or where it is somebody else's.
+
+        Args:
+            gate: base URL and realm of who asks.
+            customer: principal and user of who asks, None for whoever pays for the surrounding work.
+        """
+        with self._guard:
+            operation = self.operation
+            if operation is None or self._claim != "open" or operation.ended:
+                return None
+            principal, user = customer
+            own_principal, own_user = operation.customer
+            same = operation.gate == gate and principal in (None, own_principal) and user in (None, own_user)
+            self._claim = "claimed" if same else "passed_on"
+            return operation if same else None
+
+
+_open: ContextVar[Slot | None] = ContextVar("vluna_llm_slot", default=None)
+
+
+def open_slot() -> Slot | None:
+    """The innermost slot around the running code."""
+    return _open.get()
+
+
+@contextmanager
+def inside(slot: Slot) -> Iterator[Slot]:
+    """Offer the slot to what is called in the ``with``."""
+    token = _open.set(slot)
+    try:
+        yield slot
+    finally:
+        try:
+            _open.reset(token)
+        except ValueError:
+            pass  # left in another task than it was entered in, which never saw it

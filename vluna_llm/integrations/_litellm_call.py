@@ -1,0 +1,163 @@
+"""One call as the user of LiteLLM sees it: retries, fallbacks and LiteLLM's own detours belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from ..context import CallContext, within
+from ..ending import Ending
+from ..errors import GateError, VlunaError
+from ..lifecycle import ModelCall, Operation
+from ..slot import Slot, inside
+
+if TYPE_CHECKING:
+    from ..vluna import Vluna
+
+
+class LogicalCall:
+    """Holds the operation of the attempt under way, from LiteLLM's entry function to the end of the answer.
+
+    `admit` is called before each attempt and asks the gate only where it has to: the first time, for another feature
+    (a fallback to another model), and after an operation inside has ended. A refusal is remembered: LiteLLM may try
+    again, and the gate is not asked again for the same feature.
+    """
+
+    def __init__(self, vluna: Vluna, bound: CallContext | None = None) -> None:
+        self.vluna = vluna
+        self.bound = bound
+        self.slot = Slot()
+        self.attempts = 0
+        self._feature: str | None = None
+        self._refusal: tuple[str, VlunaError] | None = None
+
+    @property
+    def operation(self) -> Operation | None:
+        """The operation of this attempt; None before the first one, and where the call is not metered."""
+        return self.slot.operation
+
+    # -- before an attempt -------------------------------------------------------------------------------------------
+
+    def admit(self, call: ModelCall) -> None:
+        """Ask the gate for this attempt, where that is needed.
+
+        Raises:
+            VlunaError: refused; with ``status_code`` and ``gate_status`` (`refusal`).
+        """
+        feature = self._next(call)
+        if feature is None:
+            return
+        try:
+            self._admitted(feature, self.vluna.begin(call, self.bound))
+        except VlunaError as error:
+            raise self._refused(feature, error) from error.__cause__
+        except Exception:
+            self.vluna.internal_error("litellm.begin")
+
+    async def aadmit(self, call: ModelCall) -> None:
+        """`admit` for coroutines."""
+        feature = self._next(call)
+        if feature is None:
+            return
+        try:
+            self._admitted(feature, await self.vluna.abegin(call, self.bound))
+        except VlunaError as error:
+            raise self._refused(feature, error) from error.__cause__
+        except Exception:
+            self.vluna.internal_error("litellm.begin")
+
+    def _next(self, call: ModelCall) -> str | None:
+        """The feature to be asked for; None where the operation that is there serves this attempt, too."""
+        if self.vluna.mode == "off":
+            return None
+        try:
+            feature = self.vluna.feature_of(call, self.bound)
+        except VlunaError as error:
+            raise refusal(error) from None
+        operation = self.operation
+        if self._refusal is not None and self._refusal[0] == feature:
+            raise self._refusal[1]
+        if operation is not None and not operation.ended:
+            if feature == self._feature and not self.slot.passed_on:
+                return None
+            self._give_up(operation)
+        return feature
+
+    def _admitted(self, feature: str, operation: Operation | None) -> None:
+        self._feature = feature
+        self.slot.offer(operation)
+
+    def _refused(self, feature: str, error: VlunaError) -> VlunaError:
+        self._refusal = (feature, refusal(error))
+        return error
+
+    def _give_up(self, operation: Operation) -> None:
+        if not self.slot.claimed:
+            operation.fail()
+        self.slot.offer(None)
+
+    # -- after it ----------------------------------------------------------------------------------------------------
+
+    def answered(self, ending: Ending) -> None:
+        """An attempt was answered; what that costs is settled, unless a metered client inside does so."""
+        operation = self.operation
+        if operation is None or self.slot.claimed:
+            return
+        if self.slot.passed_on:
+            operation.fail()
+        else:
+            operation.finish(ending)
+
+    def failed(self, error: BaseException | None) -> None:
+        """The call as a whole failed, whatever was tried: nothing is charged."""
+        operation = self.operation
+        if operation is not None and not operation.ended and not self.slot.claimed:
+            operation.fail(error)
+
+    @contextmanager
+    def running(self) -> Iterator[LogicalCall]:
+        """Everything that LiteLLM does in the ``with`` belongs to this call, and bills its customer."""
+        with ExitStack() as stack:
+            stack.enter_context(_set(self))
+            stack.enter_context(inside(self.slot))
+            if self.bound is not None:
+                stack.enter_context(within(self.bound))
+            yield self
+
+
+_current: ContextVar[LogicalCall | None] = ContextVar("vluna_llm_litellm_call", default=None)
+
+
+def current_call() -> LogicalCall | None:
+    """The logical call around the running code."""
+    return _current.get()
+
+
+def enter_call(call: LogicalCall) -> None:
+    """Make it the logical call of this task, for as long as the task lives: a proxy's hooks have no ``with``."""
+    _current.set(call)
+
+
+@contextmanager
+def _set(call: LogicalCall) -> Iterator[None]:
+    token = _current.set(call)
+    try:
+        yield
+    finally:
+        try:
+            _current.reset(token)
+        except ValueError:
+            pass  # left in another task than it was entered in, which never saw it
+
+
+def refusal(error: VlunaError) -> VlunaError:
+    """The error with ``status_code`` 400, by which LiteLLM neither retries it nor cools a deployment down.
+
+    ``gate_status`` is what the gate said. LiteLLM counts 401, 402, 404, 408 and 429 of a deployment against it, and
+    then refuses other customers.
+    """
+    error.status_code = 400  # type: ignore[attr-defined]
+    error.gate_status = error.status if isinstance(error, GateError) else None  # type: ignore[attr-defined]
+    return error

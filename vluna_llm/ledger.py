@@ -37,12 +37,14 @@ class Watch:
     backlog whose callers have gone, nothing stays in memory.
     """
 
-    __slots__ = ("__weakref__", "_callbacks", "_guard", "_scopes", "closed", "receipt")
+    __slots__ = ("__weakref__", "_callbacks", "_guard", "_scopes", "closed", "last", "receipt")
 
     def __init__(self, scopes: tuple[Scope, ...], guard: Guard) -> None:
         self._scopes = tuple(map(weakref.ref, scopes))
         self.closed = False
         self.receipt: Receipt | None = None
+        self.last: Row | None = None
+        """The operation as a ledger stored it last, for its next ending: a journal may be given up in between."""
         self._guard = guard
         self._callbacks: list[Callable[[], None]] = []
 
@@ -178,8 +180,11 @@ class Ledger:
     ) -> Row | None:
         """Replace a row by ``change(row)`` and store it where it differs; gives the row as it now stands.
 
-        ``fallback`` is taken where no such row is known any more (its journal was closed meanwhile), and ``watch`` is
-        who waits for it.
+        ``fallback`` is the operation as its owner knows it, and ``watch`` is who waits for it. Where the row is not in
+        this journal any more (pruned since it was settled, or in that of a runtime that was closed, which somebody else
+        took over), the change is made to what ``watch`` saw of it last, else to ``fallback``, and is stored only where
+        it is another state: an ending that says nothing new must not have it composed and sent anew. Without a
+        ``fallback`` what is gone is left to whoever has it now.
 
         Raises:
             LedgerClosed: nothing was changed; the next runtime has to be asked.
@@ -188,15 +193,24 @@ class Ledger:
             self._refuse_if_closed()
             if watch is not None and not watch.closed:
                 self._watches.setdefault(operation_id, watch)
-            row = self._find(operation_id)
-            if row is None:
-                if fallback is None:
-                    return None
-                row = fallback
-                self._unwritten[operation_id] = row
+            lost_sight = False
+            while (row := self._find(operation_id)) is not None:
+                changed = change(row)
+                if changed is row or self._store(row, changed, watch):
+                    return changed
+                # It is not as we knew it: the adoption has put a better one in its place, or somebody took it away.
+                self._rows.pop(operation_id, None)
+                lost_sight = True
+            if lost_sight and not self._arrives(operation_id):
+                self._tell_gone(operation_id)
+            if fallback is None:
+                return None
+            row = fallback if watch is None or watch.last is None else watch.last
             changed = change(row)
-            if changed is not row:
-                self._store(row, changed)
+            if changed.state == row.state:
+                return row
+            self._unwritten[operation_id] = row
+            self._store(row, changed, watch)
             return changed
 
     def settled(self, row: Row, receipt: Receipt | None) -> None:
@@ -253,20 +267,39 @@ class Ledger:
     def _in_memory(self, operation_id: str) -> Row | None:
         return self._rows.get(operation_id) or self._unwritten.get(operation_id)
 
-    def _store(self, old: Row, row: Row) -> None:
+    def _store(self, old: Row, row: Row, watch: Watch | None) -> bool:
+        """Store a row; False where it is not in the journal as ``old`` any more, and nothing was stored."""
         key = row.operation_id
         try:
             if key in self._unwritten:
                 self.journal.replace(row)
                 del self._unwritten[key]
-            else:
-                self.journal.update(old, row)
+            elif not self.journal.update(old, row):
+                return False
         except OutboxUnavailable as error:
             self._unwritten[key] = row
             self._rows.pop(key, None)
             self._tell_unwritten(key, error)
         else:
             self._remember(row)
+        if (watch := watch or self._watches.get(key)) is not None:
+            watch.last = row
+        return True
+
+    def _arrives(self, operation_id: str) -> bool:
+        try:
+            return self.journal.arrives(operation_id)
+        except OutboxUnavailable:
+            return False
+
+    def _tell_gone(self, operation_id: str) -> None:
+        self._telemetry.emit(
+            "vluna.internal_error",
+            "error",
+            {"vluna.operation.id": operation_id, "error.type": "RowGone"},
+            message="the operation is no longer in this process's journal, where nobody else may write: was the row "
+            "deleted, or the journal's lock removed? What is told of its work from now on is kept, and nothing else",
+        )
 
     def _tell_unwritten(self, operation_id: str, error: OutboxUnavailable) -> None:
         self._telemetry.emit(

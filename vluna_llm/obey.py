@@ -54,8 +54,10 @@ def _carried_out(order: Order, ledger: Ledger, settler: Settler, telemetry: Tele
     if what == "drop" and settler.delivering(row.operation_id):
         return False  # it may be charged at this moment: nobody is told that it was dropped
     if row.stage is None:
-        seen, changed = row, ledger.apply(row.operation_id, lambda now: ordered(now, what))
-        assert changed is not None
+        found = ledger.apply(row.operation_id, lambda now: ordered(now, what))
+        if found is None:
+            return True  # gone meanwhile
+        seen, changed = row, found
     else:
         try:
             there = settler.reopen(row.operation_id, lambda now: ordered(now, what))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from model_world import Call, World, complete
+from model_world import LONGEST, Call, World, complete
 
 from vluna_llm.ending import Ending
 
@@ -77,5 +77,80 @@ def test_what_was_composed_is_sent_again_as_it_was_though_the_prices_are_others(
     process.act(lambda: process.deliver(1))
     assert process.dead
     gate.price("openai.gpt-a.tokens.output", 12)
+    settle(world)
+    assert list(world.charged().values()) == [70]
+
+
+def commits(world: World) -> list[bytes]:
+    return [sent.body for sent in world.network.log if sent.route == "commits"]
+
+
+@pytest.mark.parametrize("gone", ["pruned", "closed", "taken over"])
+def test_an_operation_that_was_settled_and_ends_once_more_is_not_composed_anew(world: World, gone: str) -> None:
+    """Its row was dropped since, or moved; taken up as it had begun, it was another commit of the same key."""
+    gate, process = world.gate.sandbox, world.start()
+    gate.price("openai.gpt-a.tokens.input", 3)
+    gate.unprice("openai.gpt-a.tokens.output")
+    call = world.begin(process, "ann", "gpt-a", 70, job=None, crash_at=None)
+    world.end(call, complete(70), 70)
+    if gone == "taken over":
+        world.network.fates.extend(("ok", "answer_lost"))  # the prices, the commit
+    process.act(lambda: process.deliver(1))
+    if gone == "pruned":
+        world.pass_time(4_000.0)
+        process.act(process.chores)
+    else:
+        world.network.outage = "refused_connection"
+        process.act(lambda: process.vluna.close(0))
+        world.network.outage = None
+        if gone == "taken over":
+            other = world.start()
+            other.act(other.adopt)
+    gate.price("openai.gpt-a.tokens.output", 12)
+    if gone != "taken over":
+        assert not world.rows()
+    world.end(call, complete(70), 70)
+    world.end(call, Ending("error"), 70)
+    process.act(lambda: process.deliver(5))
+    settle(world)
+    assert len(commits(world)) == (2 if gone == "taken over" else 1)
+    assert not any(sent.route == "cancel" for sent in world.network.log)
+    assert list(world.charged().values()) == [70]
+
+
+@pytest.mark.parametrize("sent", [False, True])
+def test_usage_that_comes_after_a_cancel_whose_row_is_gone_is_charged(world: World, sent: bool) -> None:
+    """What says something new is taken up, and knows of the cancel: the lease is gone, and an ingest follows."""
+    process = world.start()
+    call = world.begin(process, "ann", "gpt-a", 70, job=None, crash_at=None)
+    world.end(call, Ending("closed"), None)
+    if sent:
+        process.act(lambda: process.deliver(1))
+    world.network.outage = "refused_connection"
+    process.act(lambda: process.vluna.close(0))
+    world.network.outage = None
+    other = world.start()
+    other.act(other.adopt)
+    world.end(call, complete(70), 70)
+    settle(world)
+    assert list(world.charged().values()) == [70]
+    assert not commits(world)
+
+
+def test_usage_that_is_taken_over_while_the_cancel_is_on_its_way_is_not_settled_by_its_answer(world: World) -> None:
+    """The better row takes the place of the one that is being delivered: the answer is not written into it."""
+    process, other = world.start(), world.start()
+    call = world.begin(process, "ann", "gpt-a", 70, job=None, crash_at=None)
+    world.end(call, Ending("closed"), None)
+    world.network.outage = "refused_connection"
+    process.act(lambda: process.vluna.close(0))
+    world.network.outage = None
+    other.act(other.adopt)
+    world.end(call, complete(70), 70)
+    world.kill(process)
+    world.pass_time(LONGEST)
+    world.meanwhile.append(lambda: other.act(other.adopt))
+    other.act(lambda: other.deliver(1))
+    assert not world.meanwhile
     settle(world)
     assert list(world.charged().values()) == [70]

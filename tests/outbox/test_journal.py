@@ -29,9 +29,26 @@ def test_a_row_comes_back_as_it_was_written(tmp_path: Path) -> None:
     changed = dataclasses.replace(
         written, state=DONE, lease_token="lease.x.y", body=b'{"a":1}', path="/gate/commits", attempts=3, ended_at=2.0
     )
-    journal.update(written, changed)
+    assert journal.update(written, changed)
+    assert journal.update(changed, changed)
     assert journal.get("op-1") == changed
     assert journal.get("nobody") is None
+    journal.close()
+
+
+def test_a_row_that_does_not_stand_as_it_was_known_is_not_written(tmp_path: Path) -> None:
+    """Another route, another settlement, a copy that is just being taken over, gone: each is told, and stays."""
+    journal = Journal(tmp_path)
+    known = row(state=RUNNING.aborted())
+    further = dataclasses.replace(known, state=known.state.sent(), body=b"{}")
+    for there in (row(state=DONE), further, dataclasses.replace(known, arrived_from="journal-9.sqlite3")):
+        journal.replace(there)
+        assert not journal.update(known, further)
+        assert journal.arrives("op-1") == (there.arrived_from is not None)
+        assert journal.get("op-1") == (None if there.arrived_from else there)
+    with journal.transaction() as db:
+        db.execute("DELETE FROM operations")
+    assert not journal.update(known, further)
     journal.close()
 
 

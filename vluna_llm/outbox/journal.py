@@ -53,7 +53,8 @@ def _insert_sql(verb: Verb, columns: tuple[str, ...]) -> str:
 @functools.lru_cache(maxsize=256)
 def _update_sql(columns: tuple[str, ...]) -> str:
     assignments = ", ".join(f"{name} = ?" for name in columns)
-    return f"UPDATE operations SET {assignments} WHERE operation_id = ?"  # noqa: S608 - names come from COLUMNS
+    where = f"operation_id = ? AND settlement = ? AND route IS ? AND {_HERE}"
+    return f"UPDATE operations SET {assignments} WHERE {where}"  # noqa: S608 - names come from COLUMNS
 
 
 class Journal:
@@ -109,11 +110,17 @@ class Journal:
         """Store a new operation; False where there is one of this id."""
         return self._insert("INSERT OR IGNORE", row).rowcount == 1
 
-    def update(self, old: Row, new: Row) -> None:
-        """Store what changed in an operation."""
+    def update(self, old: Row, new: Row) -> bool:
+        """Store what changed in an operation; False, and nothing stored, where it does not stand here as ``old`` says.
+
+        It may be gone (somebody deleted it, or took the file for a dead process's), or have made way for a row of the
+        same operation that was taken over and knows its usage.
+        """
         changed = changed_values(old, new)
-        if changed:
-            self._execute(_update_sql(tuple(changed)), (*changed.values(), new.operation_id))
+        if not changed:
+            return True
+        known = (new.operation_id, old.state.settlement, old.state.route)
+        return self._execute(_update_sql(tuple(changed)), (*changed.values(), *known)).rowcount == 1
 
     def replace(self, row: Row) -> None:
         """Store an operation whose first write failed, or whose file was given up meanwhile."""
@@ -213,6 +220,12 @@ class Journal:
         """One operation."""
         rows = self._query(f"{_SELECT} WHERE operation_id = ? AND {_HERE}", (operation_id,))
         return rows[0] if rows else None
+
+    def arrives(self, operation_id: str) -> bool:
+        """Whether this operation is just being taken over from another journal: until that is done it is nobody's."""
+        with self._writing():
+            sql = f"SELECT 1 FROM operations WHERE operation_id = ? AND NOT {_HERE}"  # noqa: S608
+            return self._db.execute(sql, (operation_id,)).fetchone() is not None
 
     def rows(self, *settlements: Settlement, limit: int = -1) -> list[Row]:
         """The operations in these settlement states (all where none is named), oldest first."""

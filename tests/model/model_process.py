@@ -118,6 +118,13 @@ class _Connection(sqlite3.Connection):
             raise Crash(self.owner.name)
 
 
+def _in_transaction(connection: sqlite3.Connection) -> bool:
+    try:
+        return connection.in_transaction
+    except sqlite3.ProgrammingError:  # it was closed
+        return False
+
+
 class _Shim:
     """A module with some of its functions replaced."""
 
@@ -366,6 +373,11 @@ class SimProcess:
     def runs(self) -> bool:
         """Whether it does anything at all at present."""
         return not self.dead and not self.asleep
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is within a critical section or a transaction, where its other threads would have to wait."""
+        return self.vluna._process.entered or any(map(_in_transaction, self.connections))
 
     # -- its background threads ------------------------------------------------------------------------------------
 

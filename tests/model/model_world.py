@@ -274,6 +274,9 @@ class World:
     # -- what is seen on the way -----------------------------------------------------------------------------------
 
     def _sending(self, process: str, wire: Any) -> None:
+        sender = next(found for found in self.processes if found.name == process)
+        if sender.busy:
+            self.broken.append(f"{process} sends while it holds a lock, or has a transaction open")
         path = wire.target.partition("?")[0]
         key = next((value for name, value in wire.headers if name == "idempotency-key"), "")
         if wire.method == "POST" and not path.endswith("/authorize"):

@@ -32,6 +32,10 @@ STEPS: Counter[str] = Counter()
 ENDS: Counter[str] = Counter()
 """What the histories came to: bookings, crashes, states of rows."""
 
+SEEDS = "1,5,8"
+"""Those of the long run. By 5 and 8 it was found that an operation which ended once more was composed anew; what a seed
+draws changes with the rules, so what was found is kept in `test_histories`."""
+
 some = st.integers(min_value=0, max_value=40)
 tokens = st.integers(min_value=0, max_value=60).map(lambda n: n * 7)
 crash = st.one_of(st.none(), st.none(), st.integers(min_value=0, max_value=30))
@@ -227,7 +231,7 @@ class Books(RuleBasedStateMachine):
                     self.world.end(call, complete(call.tokens), call.tokens)
             elif what == "deliver" and beside is not process:
                 beside.act(lambda: beside.deliver(2))
-            elif what == "adopt" and beside is not process:
+            elif what == "adopt":  # its own keeper's thread, or another process
                 beside.act(beside.adopt)
             elif what == "kill":
                 beside.die("killed")
@@ -235,7 +239,7 @@ class Books(RuleBasedStateMachine):
                 process.die("killed")
                 meter, there = METERS[late % len(METERS)], bool(other % 2)
                 (self.world.gate.sandbox.price(meter, 4) if there else self.world.gate.sandbox.unprice(meter))
-            elif what == "close" and beside is not process:
+            elif what == "close":
                 beside.act(lambda: beside.vluna.close(1))
             elif what == "gate":
                 self.world.gate.restart()
@@ -376,10 +380,13 @@ def test_books_are_the_sum_of_known_usages(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_books_are_the_sum_of_known_usages_in_many_histories(capsys: pytest.CaptureFixture[str]) -> None:
-    """The long run: the same histories every time; MODEL_SEED=7 in the environment tries others."""
-    first = int(os.environ.get("MODEL_SEED", "1"))
-    done = sum(run(150, 80, number=number) for number in range(first, first + 3))
-    assert done >= 20_000
+    """The long run: the same histories every time, so that it fails for a change and not by chance.
+
+    ``MODEL_SEED=21,22`` in the environment tries those of other seeds, about 15 seconds each.
+    """
+    numbers = [int(number) for number in os.environ.get("MODEL_SEED", SEEDS).split(",")]
+    done = sum(run(150, 80, number=number) for number in numbers)
+    assert done >= 20_000 * len(numbers) // 3
     with capsys.disabled():
         print(f"\nmodel: {done} steps")
         print("model, the last of them: " + ", ".join(f"{name} {count}" for name, count in ENDS.most_common(40)))

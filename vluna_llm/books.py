@@ -6,28 +6,36 @@ are read back, and `judge_books` decides from what was read: never to book by in
 
 A gate shows its books to a service key that sends ``X-Realm-Admin``, and an empty list to everybody else. So an empty
 list proves nothing: our own rating has to be in it, or, where the gate recorded none, anything else of the realm.
+
+An ingest books lines without a price as 0. Which these are is read from the lines of its rating, and what is left of a
+settlement is what the ingest with the highest number of all that share its key left: each books what the one before it
+could not. So whoever reads the books comes to the same lines under the same next key, and they are charged once.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from typing import Protocol
 
 from .errors import GateAuthError, GateDenied, GateUnavailable, InvalidGateRequest
 from .gate.failures import instant
 from .gate.models import CommitResult
-from .gate.readings import Allocation, Listing, Rating
+from .gate.readings import Allocation, Listing, RatedRecord, Rating, WalletBalance
+from .operation import Part
 from .outbox import Row
-from .settlement import PRICE_IS_MISSING, Verdict
+from .settlement import PRICE_IS_MISSING, ROUND_LABEL, SETTLEMENT_LABEL, Verdict, unbilled
 from .types import ReceiptState
+from .usage.meters import MeterLine
 
 LOOK_TIMEOUT = 3.0
 """Seconds for one exchange of a look-up."""
 MOST_RATINGS = 20
 """Ratings whose allocations are asked for; a lease with more of them is for a person to look at."""
+MOST_PAGES = 10
+"""Pages of a customer's ingests that are looked through for those of other runs of a job, the newest first."""
 _PAGE = 200
 _AROUND = timedelta(milliseconds=5)
 _CLOSED = "lease_closed_at_commit"
@@ -42,6 +50,7 @@ class Reader(Protocol):
         principal_id: str,
         user_id: str | None = None,
         source_ref: str | None = None,
+        billing_user_id: str | None = None,
         feature_code: str | None = None,
         rating_kind: str | None = None,
         rated_after: datetime | None = None,
@@ -67,6 +76,11 @@ class Reader(Protocol):
     ) -> Listing[Allocation]:
         """What was charged."""
 
+    def wallet_balance(
+        self, *, principal_id: str, user_id: str | None = None, timeout: float | None = None
+    ) -> WalletBalance:
+        """Whose purse it is in the gate's own ids."""
+
 
 @dataclass(frozen=True, slots=True)
 class Booking:
@@ -79,6 +93,10 @@ class Booking:
         reasons: the gate's reason codes.
         shown_xusd: the amount rated.
         charged_xusd: the sum of its allocations; None where the books contradict themselves.
+        round_: of an ingest the number of its key, 0 for the first one; None for a commit.
+        at: when it was rated; of an ingest, when its usage occurred.
+        unpriced: its lines that were booked as 0 for want of a price.
+        untold: such lines there are, and the books do not show which.
     """
 
     commit_id: str
@@ -87,10 +105,16 @@ class Booking:
     reasons: tuple[str, ...]
     shown_xusd: int
     charged_xusd: int | None
+    round_: int | None = None
+    at: datetime | None = None
+    unpriced: tuple[MeterLine, ...] = ()
+    untold: bool = False
 
     @property
     def free(self) -> bool:
-        """Whether it was carried out and cost nothing."""
+        """Whether it was carried out and cost nothing, by its prices."""
+        if self.unpriced or self.untold:
+            return False
         return not self.quarantined and self.shown_xusd == 0 and self.charged_xusd == 0
 
     @property
@@ -138,13 +162,20 @@ def read_books(gate: Reader, row: Row, commit_id: str | None = None) -> Books:
             ratings.update(
                 (rating.rating_id, rating) for rating in page if rating.rating_id and _concerns(rating, row, source)
             )
+        gap = None
+        if row.derived and row.state.route == "ingest" and row.body is not None:
+            of_the_job, gap = _of_the_job(gate, row)
+            may_read = may_read or bool(of_the_job)
+            ratings.update((rating.rating_id or "", rating) for rating in of_the_job)
         if len(ratings) > MOST_RATINGS:
             return Books(gap=f"there are {len(ratings)} ratings")
         if not may_read:
             page = gate.ratings(principal_id=row.principal_id, user_id=row.user_id, limit=1, timeout=LOOK_TIMEOUT)
             may_read = len(_read(page)) > 0
-        found = tuple(_booking(rating, _allocated(gate, row, rating)) for rating in ratings.values())
-        return Books(found, may_read=may_read)
+        found = tuple(
+            _booking(rating, _allocated(gate, row, rating), _lines(gate, row, rating)) for rating in ratings.values()
+        )
+        return Books(found, gap, may_read=may_read)
     except (GateAuthError, GateDenied, InvalidGateRequest) as error:
         if error.status == 401:
             raise  # our key as a whole, not what it may read
@@ -181,13 +212,48 @@ def _pages(gate: Reader, row: Row, source: str | None) -> Iterator[Listing[Ratin
         )
 
 
+def _of_the_job(gate: Reader, row: Row) -> tuple[list[Rating], str | None]:
+    """The ingests under this key of all runs of a job, whenever they ran, and why there may be more.
+
+    The gate shows no keys, so a label tells them. Pages are turned by time: its cursor skips a row per page.
+    """
+    user = gate.wallet_balance(principal_id=row.principal_id, user_id=row.user_id, timeout=LOOK_TIMEOUT)
+    before: datetime | None = None
+    found: dict[str, Rating] = {}
+    for _ in range(MOST_PAGES):
+        page = _read(
+            gate.ratings(
+                principal_id=row.principal_id,
+                user_id=row.user_id,
+                billing_user_id=user.billing_user_id,
+                feature_code=row.feature_code,
+                rating_kind="ingest",
+                rated_before=before,
+                limit=_PAGE,
+                timeout=LOOK_TIMEOUT,
+            )
+        )
+        for rating in page:
+            if rating.rating_id and rating.labels.get(SETTLEMENT_LABEL) == row.settle_key:
+                found[rating.rating_id] = rating
+        times = [rating.rated_at for rating in page if rating.rated_at is not None]
+        if (not page.has_more and len(page) < _PAGE) or not times:
+            return list(found.values()), None
+        oldest = min(times) + timedelta(milliseconds=1)
+        if oldest == before:
+            break
+        before = oldest
+    return list(found.values()), "there are more ingests of this customer than are looked through"
+
+
 def _concerns(rating: Rating, row: Row, source: str | None) -> bool:
     """Whether it is on the row's lease, or its own; ingests of others happened at the same time.
 
     Looked at here, too: what does not know a filter gives what others were charged for.
     """
     if rating.rating_kind == "ingest":
-        return rating.labels.get("operation_id") == row.operation_id
+        labels = rating.labels
+        return row.operation_id == labels.get("operation_id") or row.settle_key == labels.get(SETTLEMENT_LABEL)
     return rating.source_ref in (source, None)
 
 
@@ -222,8 +288,23 @@ def _allocated(gate: Reader, row: Row, rating: Rating) -> int:
     return sum(part.allocated_xusd or 0 for part in own if part.direction != "credit")
 
 
-def _booking(rating: Rating, allocated: int) -> Booking:
+def _lines(gate: Reader, row: Row, rating: Rating) -> tuple[RatedRecord, ...]:
+    """The lines of an ingest: only they tell that some had no price. Those of a commit are charged as a whole."""
+    if rating.rating_kind != "ingest" or not rating.rating_id:
+        return ()
+    whole = gate.rating(
+        principal_id=row.principal_id, user_id=row.user_id, rating_id=rating.rating_id, timeout=LOOK_TIMEOUT
+    )
+    return whole.rated_records if whole is not None else ()
+
+
+def _booking(rating: Rating, allocated: int, lines: tuple[RatedRecord, ...]) -> Booking:
     label = rating.labels.get("operation_id")
+    missing = [line for line in lines if line.unpriced]
+    unpriced = tuple(
+        MeterLine(line.meter_code, line.quantity_minor) for line in missing if line.meter_code and line.quantity_minor
+    )
+    some = bool(missing) or "pricing_not_configured" in rating.reason_codes
     shown = rating.canonical_amount_xusd
     contradicts = shown is None or rating.application_status is None or (not rating.quarantined and shown > allocated)
     return Booking(
@@ -233,7 +314,18 @@ def _booking(rating: Rating, allocated: int) -> Booking:
         reasons=rating.reason_codes,
         shown_xusd=shown or 0,
         charged_xusd=None if contradicts and not allocated else allocated,
+        round_=_round(rating),
+        at=rating.rated_at,
+        unpriced=tuple(sorted(unpriced, key=lambda line: line.meter_code)),
+        untold=rating.rating_kind == "ingest" and some and (not unpriced or len(unpriced) < len(missing)),
     )
+
+
+def _round(rating: Rating) -> int | None:
+    if rating.rating_kind != "ingest":
+        return None
+    number = rating.labels.get(ROUND_LABEL)
+    return int(number) if isinstance(number, str) and number.isdecimal() else 0
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------
@@ -245,6 +337,8 @@ def judge_books(row: Row, books: Books, doubt: Verdict) -> Verdict:
     =====================================================  ===========================================================
     the books show                                         then
     =====================================================  ===========================================================
+    an ingest under our key, or a later one of the same    as it was answered: booked, or what it booked as 0 is sent
+                                                           again, alone, by whoever is first
     a charge for this very operation                       booked, with that amount
     a charge for another run of the same job               already settled: nothing more is sent (design rule 17)
     a charge for anything else, or a contradiction         held for an operator
@@ -259,6 +353,13 @@ def judge_books(row: Row, books: Books, doubt: Verdict) -> Verdict:
     """
     assert doubt.uncharged is not None
     assert doubt.unproven is not None
+    if row.state.route == "ingest":
+        rounds = [booking for booking in books.bookings if booking.round_ is not None]
+        commits = tuple(booking for booking in books.bookings if booking.round_ is None)
+        since = [booking for booking in rounds if (booking.round_ or 0) >= row.state.used_up]
+        if since and not any(booking.charged for booking in commits):
+            return _rounds(row, since, doubt)
+        books = replace(books, bookings=(*commits, *since))  # what came before is known
     charged = [booking for booking in books.bookings if booking.charged]
     ours = [booking for booking in charged if booking.operation_id == row.operation_id]
     if any(booking.charged_xusd is None for booking in charged):
@@ -280,6 +381,37 @@ def judge_books(row: Row, books: Books, doubt: Verdict) -> Verdict:
 
 
 _NOTHING_SHOWN = "they show nothing of it (has the service key the right? does a proxy remove X-Realm-Admin?)"
+
+
+def _rounds(row: Row, rounds: list[Booking], doubt: Verdict) -> Verdict:
+    """The ingests under our key and later ones: what they charged, and what the last of them left."""
+    last = max(rounds, key=lambda booking: booking.round_ or 0)
+    if last.untold:
+        return _unproven(doubt, f"they do not show which lines of {last.commit_id} had no price")
+    if any(booking.charged_xusd is None for booking in rounds):
+        return _held(doubt, "The gate's own books contradict themselves: an ingest is applied and has no allocation")
+    ours = [booking for booking in rounds if _is_ours(booking, row)]
+    parts = tuple(Part(one.commit_id, one.charged_xusd or 0) for one in ours if one.charged_xusd)
+    if last.unpriced:
+        left = sum(line.quantity for line in last.unpriced)
+        alone = len(rounds) == 1 and row.state.rest is None and not row.derived
+        whole = alone and row.state.usage is not None and left == row.state.usage.total_tokens
+        return unbilled(row, last.unpriced, parts, last.round_ or 0, whole=whole)
+    if not ours and not row.state.parts:
+        return _somebody_elses(row, last, doubt)
+    state: ReceiptState = "rebooked" if row.state.is_repair else "booked"
+    detail = "found charged in the gate's own books"
+    if last not in ours:
+        detail += f", the rest by another run of this job ({last.commit_id})"
+    total = sum(part.charged_xusd for part in parts)
+    return Verdict("done", state, detail, shown=CommitResult(200, True, commit_id=last.commit_id, amount_xusd=total))
+
+
+def _is_ours(booking: Booking, row: Row) -> bool:
+    """Whether this run booked it. Runs in the background have one operation id on all hosts, and times of their own."""
+    if booking.operation_id != row.operation_id:
+        return False
+    return not row.derived or booking.at is None or abs(booking.at - _occurred(row)) <= _AROUND
 
 
 def _booked(row: Row, ours: list[Booking]) -> Verdict:

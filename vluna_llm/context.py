@@ -255,7 +255,7 @@ class Scope:
                 self._estimated_xusd -= entry.estimated_xusd
             if receipt is not None:
                 self._receipts.append(receipt)
-                if receipt.charged and receipt.charged_xusd:
+                if receipt.charged_xusd:
                     self._settled_xusd += receipt.charged_xusd
             self._changed.notify_all()
 

@@ -26,8 +26,9 @@ from .gate.models import CancelResult, CommitResult
 from .gate.requests import POST_PATHS, GateRequest
 from .operation import OperationState
 from .outbox import Row
+from .outbox.row import named
 from .pricing import PriceBook
-from .reporting import attributes_of, receipt_json, span_of, tell_end
+from .reporting import attributes_of, receipt_json, span_of, tell_end, tell_rest
 from .settlement import (
     Verdict,
     backoff,
@@ -41,6 +42,7 @@ from .settlement import (
     pause,
     receipt_of,
     settle_key,
+    slow_backoff,
     unpriced,
     wants_lease,
     withdrawn,
@@ -200,6 +202,8 @@ class Delivery:
             row = _unbooked(row)
         if wants_lease(row):
             row = self._late_lease(row, store)
+        if row.state.rest and row.state.settlement == "pending":
+            self._check_rest(row)
         if row.body is None:
             priced = self._priced(row)
             names = self._names(row.feature_code)
@@ -217,6 +221,8 @@ class Delivery:
             now = _unbooked(current) if looked else current
             if now.state.route != route or now.state.settlement not in ("pending", "sent"):
                 return current
+            if settle_key(now) != settle_key(row):
+                return current  # composed for a key that is used up
             if current.stage is not None:
                 return current  # on its way to the shared outbox since it was read: delivered from there
             changed = now.evolve(state=now.state.sent())
@@ -234,6 +240,15 @@ class Delivery:
         store.sync()
         hit("delivery.stored")
         return sent
+
+    def _check_rest(self, row: Row) -> None:
+        """What an ingest booked as 0 does not leave again before the gate tells a price for all of it."""
+        assert row.state.rest
+        priced = self._priced(row) or frozenset()
+        if missing := [line for line in row.state.rest if line.meter_code not in priced]:
+            sofar = sum(part.charged_xusd for part in row.state.parts)
+            charged = f"{sofar:,} XUSD are charged for the others" if sofar else "Nothing is charged yet"
+            raise _NoPrice(f"{named(missing)}: booked as 0, no price at the gate. Add it. {charged}.")
 
     def _late_lease(self, row: Row, store: Store) -> Row:
         try:
@@ -292,6 +307,8 @@ class Delivery:
             return self._keep(store, row, verdict, error)
         if verdict.outcome == "repair":
             return self._repair(store, row, verdict)
+        if verdict.rest:
+            return self._keep_rest(store, row, verdict, result)
         assert verdict.state is not None
         return self._finish(store, row, verdict.state, verdict.shown or result, verdict.detail)
 
@@ -337,6 +354,68 @@ class Delivery:
         )
         return 0.0
 
+    def _keep_rest(self, store: Store, row: Row, verdict: Verdict, result: CommitResult | None) -> float | None:
+        """Write down in one step what was charged and what was booked as 0, with the bytes in which that goes out.
+
+        Where this is lost in a crash, the gate answers the same to the same bytes, and it is written then.
+        """
+        self._prices.forget(row.feature_code)
+        waits = verdict.outcome == "held"
+        rest = None if verdict.whole else verdict.rest
+        open_ = row.state.partly_booked(rest, verdict.parts, round_=verdict.round_, wait=waits)
+        left = withdrawn(row).with_state(open_)
+        if rest and not waits:
+            request = compose(left, mode=self._meters, names=self._names(row.feature_code), priced=None)
+            left = left.evolve(path=request.path, body=request.body)
+        receipt = receipt_of(left, "quarantined", None, verdict.detail)
+        attempts = row.attempts + 1
+        again = not verdict.parts and row.state.used_up > 0
+        delay = slow_backoff(attempts, random.random()) if again else 0.0
+        due = time.time() + delay
+        dropped = False
+
+        def change(now: Row) -> Row:
+            nonlocal dropped
+            if now.state.settlement != "sent":
+                dropped = now.state.settlement == "lapsed" and bool(verdict.parts)
+                return self._charged_in_part(now, verdict) if dropped else now
+            state = now.state.partly_booked(rest, verdict.parts, round_=verdict.round_, wait=waits)
+            changed = withdrawn(now).evolve(state=state, last_error=verdict.detail, held=True)
+            if waits:
+                return changed.evolve(receipt=receipt_json(receipt), held=False)
+            return changed.evolve(path=left.path, body=left.body, attempts=attempts, next_attempt_at=due)
+
+        ended = store.apply(row.operation_id, change)
+        hit("delivery.rest")
+        if dropped:
+            self._tell_dropped(row)
+        if ended is None or ended.state.settlement not in ("pending", "quarantined"):
+            return None
+        if waits:
+            tell_end(self._telemetry, row, receipt)
+            store.settled(ended, receipt)
+            return None
+        tell_rest(self._telemetry, ended, sum(line.quantity for line in verdict.rest), verdict.detail)
+        return delay
+
+    @staticmethod
+    def _charged_in_part(row: Row, verdict: Verdict) -> Row:
+        """What an operator dropped while it was on its way was charged in part; what is left of it is given up."""
+        total = sum(part.charged_xusd for part in verdict.parts)
+        state = row.state.charged_all_the_same()
+        shown = CommitResult(200, True, commit_id=verdict.parts[-1].commit_id, amount_xusd=total)
+        receipt = receipt_of(row, "rebooked" if state.is_repair else "booked", shown, f"dropped; {verdict.detail}")
+        return row.evolve(state=state, receipt=receipt_json(receipt), last_error=receipt.detail)
+
+    def _tell_dropped(self, row: Row) -> None:
+        self._telemetry.emit(
+            "vluna.settlement.ordered",
+            "error",
+            attributes_of(row),
+            span=span_of(row),
+            message="dropped while it was on its way, and CHARGED all the same: undo what was settled by hand",
+        )
+
     def _finish(
         self, store: Store, row: Row, state: ReceiptState, result: CommitResult | None, detail: str | None
     ) -> float | None:
@@ -360,13 +439,7 @@ class Delivery:
         if ended is not None and ended.state.settlement == "pending":
             return 0.0
         if dropped:
-            self._telemetry.emit(
-                "vluna.settlement.ordered",
-                "error",
-                attributes_of(row),
-                span=span_of(row),
-                message="dropped while it was on its way, and CHARGED all the same: undo what was settled by hand",
-            )
+            self._tell_dropped(row)
         tell_end(self._telemetry, row, receipt)
         store.settled(ended or row, receipt)
         return None

@@ -21,6 +21,7 @@ NAMES: Mapping[str, str] = {
     "delivery.answered": "the gate answered the settlement; nothing of its answer is in the journal",
     "delivery.kept": "the row holds the time of its next attempt",
     "delivery.repaired": "the row says that an ingest follows; it is not composed",
+    "delivery.rest": "the row holds what an ingest booked as 0 and the bytes in which it goes out; nobody was told",
     "delivery.finished": "the row holds the receipt; nobody was told",
     "adoption.announced": "a dead process's journal says where its rows are moving to; none has moved",
     "adoption.copied": "rows are in both journals; the copies are nobody's yet",

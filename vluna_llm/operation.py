@@ -11,15 +11,17 @@ settlement ``none`` -> ``pending`` -> ``sent`` -> ``booked`` | ``quarantined`` (
            ``refused`` | ``lapsed``; ``lost`` for work whose owner died
 operator   ``refused`` -> ``pending`` (retry); ``refused``, ``quarantined`` -> ``pending`` (repair);
            everything that waits -> ``lapsed`` (drop)
+prices     an ingest of which lines were booked as 0: ``sent`` -> ``pending`` with the ``rest`` alone
 ========== ============================================================================================
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .types import Dialect, UsageSource
+from .usage.meters import MeterLine
 from .usage.types import TokenUsage
 
 Admission = Literal["pending", "leased", "ungated", "denied", "unknown"]
@@ -30,6 +32,13 @@ Route = Literal["commit", "cancel", "ingest"]
 TERMINAL: frozenset[Settlement] = frozenset({"booked", "rebooked", "refused", "lapsed"})
 
 
+class Part(NamedTuple):
+    """One ingest that charged a part of an operation, in XUSD."""
+
+    commit_id: str
+    charged_xusd: int
+
+
 @dataclass(frozen=True, slots=True)
 class OperationState:
     """Where one operation stands.
@@ -37,7 +46,9 @@ class OperationState:
     ``route`` is how it is being settled. ``cancel_sent`` is remembered for ever: once the gate may have ended the
     lease, usage that turns up can only be booked by ingest. ``look_first``: a commit of this usage may have been
     charged, so the gate's own books are looked at before anything is sent. ``used_up`` counts the ingests that the
-    gate took and booked as 0 for want of a price; each has used up its key for ever.
+    gate took and booked as 0, wholly or in part, for want of a price; each has used up its key for ever. ``rest`` is
+    what of the usage is still to be charged after such an ingest, None where there was none: it alone is sent under the
+    next key. ``parts`` is what was charged before.
     """
 
     admission: Admission = "pending"
@@ -50,6 +61,8 @@ class OperationState:
     cancel_sent: bool = False
     look_first: bool = False
     used_up: int = 0
+    rest: tuple[MeterLine, ...] | None = None
+    parts: tuple[Part, ...] = ()
 
     # -- admission -------------------------------------------------------------------------------------------------
 
@@ -63,6 +76,8 @@ class OperationState:
         """The lease of a job, asked for when its usage is known already, so that all its runs share one (rule 17)."""
         if self.admission != "ungated" or self.settlement != "pending" or self.route != "ingest":
             return self
+        if self.rest is not None:
+            return self  # a part is charged already, and a commit would charge the whole
         return replace(self, admission="leased", dialect=dialect, route="commit")
 
     def outcome_unknown(self) -> OperationState:
@@ -166,7 +181,38 @@ class OperationState:
         """The gate took the settlement: charged, or cancelled where that was asked."""
         if self.settlement != "sent":
             return self
-        return replace(self, settlement="lapsed" if self.route == "cancel" else "booked")
+        return replace(self._without_rest(), settlement="lapsed" if self.route == "cancel" else "booked")
+
+    def partly_booked(
+        self,
+        rest: tuple[MeterLine, ...] | None,
+        parts: tuple[Part, ...] = (),
+        *,
+        round_: int | None = None,
+        wait: bool = False,
+    ) -> OperationState:
+        """The gate took an ingest and booked these lines as 0, for want of a price: they go out under the next key.
+
+        Args:
+            rest: the lines that were not charged; nothing else of the usage is open. None where that is all of it:
+                it goes out as the prices are then.
+            parts: what was charged of this operation beside them.
+            round_: the number of the key under which they were booked as 0; this operation's own where not given.
+            wait: nothing goes out before an operator's repair.
+        """
+        if self.settlement != "sent" or self.route != "ingest":
+            return self
+        used_up = self.used_up if round_ is None else round_
+        return replace(
+            self,
+            settlement="quarantined" if wait else "pending",
+            rest=rest,
+            parts=self.parts + parts,
+            used_up=used_up if wait else used_up + 1,
+        )
+
+    def _without_rest(self) -> OperationState:
+        return self if self.rest is None else replace(self, rest=())
 
     def quarantined(self) -> OperationState:
         """The gate answered 200 and charged nothing (gate contract 9.2)."""
@@ -203,7 +249,9 @@ class OperationState:
 
     def rebooked(self) -> OperationState:
         """The repair was charged."""
-        return replace(self, settlement="rebooked") if self.settlement == "sent" and self.route == "ingest" else self
+        if self.settlement != "sent" or self.route != "ingest":
+            return self
+        return replace(self._without_rest(), settlement="rebooked")
 
     @property
     def is_repair(self) -> bool:

@@ -56,8 +56,24 @@ def tell_end(telemetry: Telemetry, row: Row, receipt: Receipt) -> None:
             "error",
             attributes,
             span=span_of(row),
-            message=f"NOT CHARGED: {receipt.detail}",
+            message=f"NOT CHARGED{' IN FULL' if receipt.charged_xusd else ''}: {receipt.detail}",
         )
+
+
+def tell_rest(telemetry: Telemetry, row: Row, tokens: int, detail: str | None) -> None:
+    """Tell that an ingest booked lines as 0, which go out again by themselves once their meters have a price."""
+    telemetry.emit(
+        "vluna.settlement.unpriced",
+        "error",
+        {
+            **attributes_of(row),
+            "vluna.unbilled.tokens": tokens,
+            "vluna.charged_xusd": sum(part.charged_xusd for part in row.state.parts),
+        },
+        span=span_of(row),
+        message=f"NOT CHARGED{' IN FULL' if row.state.parts else ''}: {detail}. Add the price at the gate; they alone "
+        "are sent again by themselves",
+    )
 
 
 def receipt_json(receipt: Receipt) -> str:

@@ -19,12 +19,13 @@ from .errors import (
 )
 from .gate.models import CancelResult, CommitResult
 from .gate.requests import GateRequest, cancel_request, commit_request, ingest_request
-from .operation import OperationState
+from .operation import OperationState, Part
 from .outbox import Row
+from .outbox.row import named
 from .reporting import span_of
 from .types import Lease, Receipt, ReceiptState
 from .usage.features import MeterNames
-from .usage.meters import MetersMode, compose_lines
+from .usage.meters import MeterLine, MetersMode, compose_lines
 
 FAST_ATTEMPTS = 8
 """Deliveries in quick succession before a settlement is kept and tried slowly (gate contract, section 12)."""
@@ -35,7 +36,11 @@ LONGEST_WAIT = 300.0
 PRICE_IS_MISSING = frozenset({"pricing_not_configured", "meter_not_allowed_for_feature", "policy_window_not_found"})
 """Reason codes of a quarantined rating that an operator has to mend before its usage can be charged."""
 
-Outcome = Literal["done", "repair", "held", "retry", "retry_slowly", "look_up"]
+FRUITLESS_ROUNDS = 8
+"""Ingests of one operation after which one that charged nothing at all waits for an operator: the gate tells prices by
+which it does not charge, and each try leaves an entry of 0 in its books for ever."""
+
+Outcome = Literal["done", "repair", "rest", "held", "retry", "retry_slowly", "look_up"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,11 @@ class Verdict:
     ``recorded``: the gate has a commit of ours on record, so that books which do not show it are not to be believed.
 
     ``shown`` is the booking that was found there; it takes the place of the answer's.
+
+    ``rest`` is the outcome of an ingest of which lines were booked as 0: those of ``rest``, under the key number
+    ``round_``, beside ``parts`` that were charged of this operation. They alone are sent again; with ``held`` as the
+    outcome after an operator's repair, else by themselves. ``whole``: they are all of the operation's usage, and it is
+    split anew by the prices of then.
     """
 
     outcome: Outcome
@@ -59,6 +69,10 @@ class Verdict:
     unproven: Verdict | None = None
     recorded: bool = True
     shown: CommitResult | None = None
+    rest: tuple[MeterLine, ...] = ()
+    parts: tuple[Part, ...] = ()
+    round_: int = 0
+    whole: bool = False
 
 
 def settle_key(row: Row) -> str:
@@ -68,6 +82,12 @@ def settle_key(row: Row) -> str:
     """
     key = f"{row.settle_key}:{row.state.route}"
     return f"{key}:{row.state.used_up}" if row.state.route == "ingest" and row.state.used_up else key
+
+
+SETTLEMENT_LABEL = "settlement"
+"""The label of an ingest whose key other runs of the same job arrive at, too: the base of that key."""
+ROUND_LABEL = "settlement_round"
+"""The label of an ingest of what earlier ones booked as 0: the number at the end of its key."""
 
 
 def authorize_arguments(row: Row) -> dict[str, Any]:
@@ -92,6 +112,8 @@ def wants_lease(row: Row) -> bool:
 
     Another run of it may be, or have been, charged by a commit, of which an ingest knows nothing.
     """
+    if row.state.used_up:
+        return False  # an ingest went out, and other runs may go on with what it left
     return bool(row.derived and row.authorize_key and row.state.admission == "ungated" and row.body is None)
 
 
@@ -130,6 +152,8 @@ def compose(row: Row, *, mode: MetersMode, names: MeterNames, priced: Collection
             lease=lease_of(row), principal_id=row.principal_id, user_id=row.user_id, idempotency_key=key
         )
     assert state.usage is not None
+    if state.rest:
+        return _rest_request(row, state.rest, key)
     mode = "never" if row.unsplit else mode
     lines = compose_lines(
         state.usage, row.feature_code, mode=mode, names=names, priced=None if priced is None else frozenset(priced)
@@ -145,11 +169,22 @@ def compose(row: Row, *, mode: MetersMode, names: MeterNames, priced: Collection
             labels=labels_of(row),
             idempotency_key=key,
         )
+    return _ingest(row, state.usage.total_tokens, meters, key)
+
+
+def _rest_request(row: Row, rest: tuple[MeterLine, ...], key: str) -> GateRequest:
+    """What is left of a partly charged ingest: the same lines on the same meters, whatever has a price meanwhile."""
+    quantity = sum(line.quantity for line in rest)
+    only_primary = all(line.meter_code == row.feature_code for line in rest)
+    return _ingest(row, quantity, {} if only_primary else {line.meter_code: line.quantity for line in rest}, key)
+
+
+def _ingest(row: Row, quantity: int, meters: Mapping[str, int], key: str) -> GateRequest:
     return ingest_request(
         principal_id=row.principal_id,
         user_id=row.user_id,
         feature_code=row.feature_code,
-        quantity=state.usage.total_tokens,
+        quantity=quantity,
         meters=meters,
         occurred_at=datetime.fromtimestamp(row.ended_at or row.created_at, timezone.utc),
         budget_id=row.budget_id,
@@ -161,6 +196,8 @@ def compose(row: Row, *, mode: MetersMode, names: MeterNames, priced: Collection
 def unpriced(row: Row, names: MeterNames, priced: Collection[str], mode: MetersMode = "auto") -> list[str]:
     """The meters to which this usage would go and which have no price."""
     assert row.state.usage is not None
+    if row.state.rest:
+        return [line.meter_code for line in row.state.rest if line.meter_code not in priced]
     mode = "never" if row.unsplit else mode
     lines = compose_lines(row.state.usage, row.feature_code, mode=mode, names=names, priced=frozenset(priced))
     codes = [line.meter_code for line in lines] or [row.feature_code]
@@ -175,6 +212,9 @@ def labels_of(row: Row) -> dict[str, str]:
         "request_id": row.request_id,
         "model": row.model,
         "usage_source": row.state.usage_source,
+        # By these the ingests of one settlement are told apart in the gate's books, which show no keys.
+        SETTLEMENT_LABEL: row.settle_key if row.derived and row.state.route == "ingest" else None,
+        ROUND_LABEL: str(row.state.used_up) if row.state.route == "ingest" and row.state.used_up else None,
     }
     return {**(row.labels or {}), **{name: value for name, value in ours.items() if value}}
 
@@ -210,6 +250,7 @@ def _look_up(detail: str, *, uncharged: Verdict, unproven: Verdict) -> Verdict:
 
 
 _ANOTHER_RUN = Verdict("done", "lapsed", "already settled by another run of this job")
+_UNTOLD = Verdict("held", "refused", "lines were booked as 0, and neither the answer nor the gate's books tell which")
 
 
 def _unreadable(row: Row) -> Verdict:
@@ -230,16 +271,51 @@ def _unreadable(row: Row) -> Verdict:
 
 
 def judge_ingest(result: CommitResult, row: Row, *, repaired: bool) -> Verdict:
-    """An ingest is never quarantined, but a line without a price is booked as 0 without any hint (contract 7.8)."""
+    """An ingest is never quarantined, but a line without a price is booked as 0 without any hint (contract 7.8).
+
+    The gate answers the same to the same bytes for ever, so a repeat after a crash shows the same lines.
+    """
     booked: ReceiptState = "rebooked" if repaired else "booked"
     if not result.parsed:
         return _unreadable(row)
     if result.unpriced_lines:
-        codes = ", ".join(sorted(line.meter_code or "?" for line in result.unpriced_lines))
-        if len(result.unpriced_lines) == len(result.lines):
-            return Verdict("held", "quarantined", f"no price for {codes}: add it at the gate, then repair")
-        return Verdict("done", booked, f"no price for {codes}: these lines were booked as 0")
+        rest = _unpriced_lines(result, row)
+        if rest is None:
+            return _look_up(
+                "lines were booked as 0, and the answer does not tell how much",
+                uncharged=_UNTOLD,
+                unproven=_UNTOLD,
+            )
+        some = len(result.unpriced_lines) < len(result.lines)
+        parts = (Part(result.commit_id or "", result.amount_xusd or 0),) if some else ()
+        return unbilled(row, rest, parts, row.state.used_up, whole=not some and row.state.rest is None)
     return Verdict("done", booked)
+
+
+def unbilled(
+    row: Row, rest: tuple[MeterLine, ...], parts: tuple[Part, ...], round_: int, *, whole: bool = False
+) -> Verdict:
+    """Lines were booked as 0 by the ingest number ``round_``: they go out alone, under the key with the next number."""
+    sofar = sum(part.charged_xusd for part in (*row.state.parts, *parts))
+    detail = f"no price for {named(rest)}: booked as 0" + (f", {sofar:,} XUSD charged for the others" if sofar else "")
+    if not parts and round_ >= FRUITLESS_ROUNDS:
+        detail += (
+            f". The gate lists a price, and {round_ + 1} ingests later it does not charge by it: mend it, then repair"
+        )
+        return Verdict("held", "quarantined", detail, rest=rest, round_=round_, whole=whole)
+    return Verdict("rest", detail=detail, rest=rest, parts=parts, round_=round_, whole=whole)
+
+
+def _unpriced_lines(result: CommitResult, row: Row) -> tuple[MeterLine, ...] | None:
+    """What was sent on the meters that the answer shows without a price; None where the two do not fit together."""
+    assert row.body is not None
+    body = json.loads(row.body)
+    sent = [(str(line["meter_code"]), int(line["quantity_minor"])) for line in body.get("meters", ())]
+    asked = {code.lower(): MeterLine(code, quantity) for code, quantity in sent} or {
+        row.feature_code.lower(): MeterLine(row.feature_code, int(body["quantity_minor"]))
+    }
+    found = {line.meter_code.lower() for line in result.unpriced_lines}
+    return tuple(asked[code] for code in sorted(found)) if found <= asked.keys() else None
 
 
 def before_repair(row: Row) -> Verdict:
@@ -275,7 +351,8 @@ def judge_error(error: GateError, row: Row) -> Verdict:
     3xx, 400, 415, a page of something else setting, and then it goes out
     409, 413, 422, entitlement, disabled    the gate's own books are looked at (it may have been charged before an
     user, 500 ``SERVER.CONFIG``             answer was lost), then it is kept for the operator, with the reason
-    409 under a job's key                   another run of it was there first
+    409 under a job's key                   another run of it was there first; the books tell whether all its lines
+                                            had a price
     422 ``lease not found``                 nothing was charged under it: booked by ingest
     ======================================  ==========================================================================
 
@@ -311,7 +388,10 @@ def _conflict(error: IdempotencyConflict, row: Row) -> Verdict:
     """
     kept = _ANOTHER_RUN if row.derived else Verdict("held", "refused", str(error))
     if row.state.route == "ingest":
-        return kept if row.derived else _look_up(str(error), uncharged=kept, unproven=kept)
+        if row.derived and row.state.rest:
+            # What is left of this operation is booked under its next key: not to be told as charged unseen.
+            kept = Verdict("held", "refused", str(error))
+        return _look_up(str(error), uncharged=kept, unproven=kept)
     repair = Verdict("repair", detail="409, and the gate's own books show that nothing was charged")
     return _look_up(str(error), uncharged=repair, unproven=kept)
 
@@ -352,11 +432,18 @@ def slow_backoff(attempt: int, jitter: float) -> float:
 
 
 def receipt_of(row: Row, state: ReceiptState, result: CommitResult | None, detail: str | None) -> Receipt:
-    """The receipt of a settled row."""
+    """The receipt of a settled row. What parts of it were charged before is in its amounts."""
     usage = row.state.usage
     tokens = None if row.unsplit else usage
+    before = sum(part.charged_xusd for part in row.state.parts)
     shown = result.amount_xusd if result is not None else None
-    charged = shown if state in ("booked", "rebooked") else None if state == "held" else 0
+    if row.state.parts:
+        shown = (shown or 0) + before
+        ids = ", ".join(part.commit_id for part in row.state.parts)
+        said = f"{before:,} XUSD of it were charged by {ids}"
+        if said not in (detail or ""):  # a receipt that is read back says so already
+            detail = f"{detail}; {said}" if detail else said
+    charged = shown if state in ("booked", "rebooked") else None if state == "held" else before
     return Receipt(
         operation_id=row.operation_id,
         state=state,

@@ -92,7 +92,8 @@ class Receipt:
     """What the gate said about one settled operation, and whether it charged.
 
     ``amount_xusd`` is the amount shown; ``charged_xusd`` what was really charged: the same when ``state`` is
-    ``booked`` or ``rebooked``, 0 otherwise, and None where it is not known.
+    ``booked`` or ``rebooked``, and None where it is not known. Otherwise it is 0, or what was charged of a settlement
+    whose other lines had no price (``detail`` names the bookings).
     """
 
     operation_id: str

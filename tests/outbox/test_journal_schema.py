@@ -31,7 +31,18 @@ PRAGMA user_version = 1;
 VERSION_2 = VERSION_1.replace("user_version = 1", "user_version = 2").replace(
     "span_id TEXT,", "span_id TEXT, trace_flags INTEGER,"
 )
-OLD = {"1": VERSION_1, "2": VERSION_2}
+VERSION_3 = (
+    VERSION_2.replace("user_version = 2", "user_version = 3").replace(
+        "unsplit INTEGER NOT NULL DEFAULT 0)",
+        "unsplit INTEGER NOT NULL DEFAULT 0, look_first INTEGER NOT NULL DEFAULT 0, "
+        "used_up INTEGER NOT NULL DEFAULT 0, held INTEGER NOT NULL DEFAULT 0, arrived_from TEXT, stage TEXT)",
+    )
+    + """
+CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE orders (id INTEGER PRIMARY KEY, operation_id TEXT, what TEXT, at REAL);
+"""
+)
+OLD = {"1": VERSION_1, "2": VERSION_2, "3": VERSION_3}
 
 FIRST = {
     "operation_id": "op-1",
@@ -117,7 +128,8 @@ def test_migrating_only_adds(old_file: Path) -> None:
         assert [{name: found[name] for name in before} for before, found in zip(old, new, strict=True)] == old
         assert COLUMNS.keys() <= new[0].keys()
         assert {(found["held"], found["arrived_from"], found["stage"]) for found in new} == {(0, None, None)}
-        assert schema.version_of(db) == 3
+        assert {(found["rest"], found["parts"]) for found in new} == {(None, None)}
+        assert schema.version_of(db) == 4
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         assert tables == {"operations", "about", "orders"}
     assert read_journal(old_file).rows[0] == EXPECTED
@@ -126,8 +138,8 @@ def test_migrating_only_adds(old_file: Path) -> None:
 def test_a_migration_that_is_interrupted_has_not_begun(old_file: Path) -> None:
     with contextlib.closing(schema.connect_existing(old_file, 1.0)) as db:
         before = db.execute("PRAGMA user_version").fetchone()[0]
-        db.execute("CREATE TABLE orders (of_somebody_else TEXT)")
-        db.execute("DROP TABLE orders")
+        db.execute("CREATE TABLE of_somebody_else (name TEXT)")
+        db.execute("DROP TABLE of_somebody_else")
 
         def no(action: int, *names: object) -> int:
             return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_CREATE_TABLE else sqlite3.SQLITE_OK
@@ -138,7 +150,7 @@ def test_a_migration_that_is_interrupted_has_not_begun(old_file: Path) -> None:
         assert not db.in_transaction
     with contextlib.closing(schema.connect_existing(old_file, 1.0)) as db:
         assert db.execute("PRAGMA user_version").fetchone()[0] == before
-        assert "held" not in {found["name"] for found in db.execute("PRAGMA table_info(operations)")}
+        assert "rest" not in {found["name"] for found in db.execute("PRAGMA table_info(operations)")}
 
 
 def test_a_new_journal_has_the_tables_and_columns_that_others_count_on(tmp_path: Path) -> None:

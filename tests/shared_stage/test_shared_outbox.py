@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from vluna_llm.errors import ConfigurationError
-from vluna_llm.operation import OperationState
+from vluna_llm.operation import OperationState, Part
 from vluna_llm.outbox import Row
 from vluna_llm.outbox.row import COLUMNS
 from vluna_llm.outbox.waiting import depths
 from vluna_llm.usage import TokenUsage
+from vluna_llm.usage.meters import MeterLine
 
 pytest.importorskip("psycopg", reason="psycopg (the extra 'postgres') is not installed")
 
@@ -98,6 +99,22 @@ def test_a_row_comes_back_as_it_was_offered(outbox: SharedOutbox) -> None:
     outbox.offer([offered], "host-a")
     assert outbox.get("op-1") == offered
     assert outbox.get("nobody") is None
+
+
+def test_what_is_left_of_a_partly_charged_ingest_is_written_and_comes_back(outbox: SharedOutbox) -> None:
+    """With the mark that it is held, which goes as a number."""
+    ungated = OperationState().ungated().started().completed(PENDING.usage or TokenUsage(1, 1), "provider")
+    before = row(state=ungated.sent(), body=b"all", path="/gate/ingest")
+    outbox.offer([before], "host-a")
+    (claim,) = outbox.claim("me", 8, TTL)
+    state = before.state.partly_booked((MeterLine("m.output", 5), MeterLine("m.input", 3)), (Part("c-1", 40),))
+    left = before.evolve(state=state, body=b"the rest", held=True, attempts=1)
+    outbox.update(claim, before, left)
+    assert outbox.get("op-1") == left
+    done = left.evolve(state=left.state.sent().booked(), held=False)
+    outbox.update(claim, left, done)
+    assert outbox.get("op-1") == done
+    assert done.state.rest == ()
 
 
 def test_every_column_of_the_journal_is_there_but_the_local_ones(outbox: SharedOutbox, psql: Any) -> None:
@@ -422,8 +439,30 @@ def test_ten_processes_start_at_once_on_an_empty_database(database: str, psql: A
 def test_a_database_of_an_older_version_gets_the_new_columns(make: Make, psql: Any) -> None:
     make().offer([row()], "host-a")
     psql.execute("ALTER TABLE vluna_llm_operations DROP COLUMN held, DROP COLUMN unsplit")
+    psql.execute("ALTER TABLE vluna_llm_operations DROP COLUMN rest, DROP COLUMN parts")
     psql.execute("UPDATE vluna_llm_schema SET version = 0")
     assert make().get("op-1") == row()
+
+
+def test_a_host_of_the_first_version_sends_what_is_left_as_it_was_composed(
+    make: Make, psql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not shut out, does not know the columns, leaves them as they are, and finds the bytes."""
+    ungated = OperationState().ungated().started().completed(TokenUsage(10, 5), "provider").sent()
+    left = row(state=ungated.partly_booked((MeterLine("m", 5),), (Part("c-1", 40),)), body=b"rest", path="/gate/ingest")
+    make().offer([left], "host-a")
+    (readable_from,) = psql.execute("SELECT max(readable_from) FROM vluna_llm_schema").fetchone()
+    assert readable_from == 1
+    monkeypatch.setattr("vluna_llm.outbox.postgres_sql.SCHEMA_VERSION", 1)
+    old = make()
+    (claim,) = old.claim("old", 8, TTL)
+    (found,) = old.rows_of([claim], 5)
+    as_old = found.evolve(state=dataclasses.replace(found.state, rest=None, parts=()))
+    assert (as_old.body, as_old.state.used_up, as_old.state.settlement) == (b"rest", 1, "pending")
+    old.update(claim, as_old, as_old.evolve(state=as_old.state.sent()))
+    again = make().get("op-1")
+    assert again is not None
+    assert (again.state.rest, again.state.parts) == ((MeterLine("m", 5),), (Part("c-1", 40),))
 
 
 def test_a_database_of_a_newer_version_is_left_alone(make: Make, psql: Any) -> None:

@@ -241,6 +241,14 @@ class RatedRecord(Reading):
     meter_code: Text = None
     quantity_minor: Int = None
     amount_xusd: Int = None
+    rating_status: Text = None
+    pricing_snapshot: Object = Field(default_factory=dict)
+
+    @property
+    def unpriced(self) -> bool:
+        """Whether the meter had no price: the line was booked as 0."""
+        provenance = _object(self.pricing_snapshot.get("provenance"))
+        return provenance.get("source") == "missing" or self.rating_status == "missing_price"
 
 
 class Rating(Reading):

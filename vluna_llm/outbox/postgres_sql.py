@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from .row import COLUMNS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised with every column or table that is added."""
 READABLE_FROM = 1
-"""The oldest version of this package that may work with what this one writes."""
+"""The oldest version of this package that may work with what this one writes.
+
+Version 1 knows nothing of what is left of a partly charged ingest (``rest``). It does no harm: such a row always holds
+the bytes of what is left, and that version sends stored bytes as they are.
+"""
 
 LOCAL = ("arrived_from", "stage")
 """Columns that only mean something in a journal."""

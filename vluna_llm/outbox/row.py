@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..operation import Admission, OperationState, Route, Settlement, Work
+from ..operation import Admission, OperationState, Part, Route, Settlement, Work
 from ..types import Dialect, UsageSource
+from ..usage.meters import MeterLine
 from ..usage.types import TokenUsage
 
 NEXT_STEP: Mapping[str, str] = {
@@ -152,6 +153,8 @@ COLUMNS: Mapping[str, str] = {
     "held": "INTEGER NOT NULL DEFAULT 0",
     "arrived_from": "TEXT",
     "stage": "TEXT",
+    "rest": "TEXT",
+    "parts": "TEXT",
 }
 """The columns of the table ``operations``. New ones are added at the end, each with what older rows have in it."""
 
@@ -179,9 +182,16 @@ def next_step(row: Row) -> str:
             return "on its way to the shared outbox; whether it is there is not known yet"
         if state.look_first:
             return "the gate's own books are looked at before it is sent"
+        if state.rest:
+            return f"tokens that were booked as 0 wait for their price and are sent again: {named(state.rest)}"
         if row.held:
             return "kept and tried slowly: look at last_error"
     return NEXT_STEP[state.settlement]
+
+
+def named(lines: Iterable[MeterLine]) -> str:
+    """Lines in words: the meters, and how many tokens each."""
+    return ", ".join(f"{line.meter_code} ({line.quantity:,})" for line in lines)
 
 
 def insert_values(row: Row) -> dict[str, Any]:
@@ -199,6 +209,8 @@ def changed_values(old: Row, new: Row) -> dict[str, Any]:
     """The columns in which two states of one row differ; what identifies it and what it was made with never change."""
     pairs = zip(_CHANGING, _CHANGING_VALUES(old), _CHANGING_VALUES(new), strict=True)
     found = {name: value for name, before, value in pairs if value is not before}
+    if "held" in found:
+        found["held"] = int(found["held"])  # PostgreSQL takes no boolean for a number
     told = not _TELLING.isdisjoint(found)
     if new.state is not old.state:
         before = _state_values(old.state)
@@ -227,6 +239,9 @@ def _state_values(state: OperationState) -> dict[str, Any]:
             stored["audio_seconds"] = usage.audio_seconds
         found["usage"] = json.dumps(stored)
         found["usage_source"] = state.usage_source
+    if state.rest is not None:
+        found["rest"] = json.dumps({line.meter_code: line.quantity for line in state.rest})
+        found["parts"] = json.dumps({part.commit_id: part.charged_xusd for part in state.parts})
     return found
 
 
@@ -275,8 +290,18 @@ def from_values(values: Mapping[str, Any]) -> Row:
         cancel_sent=bool(values["cancel_sent"]),
         look_first=bool(values["look_first"]) if "look_first" in there else False,
         used_up=values["used_up"] if "used_up" in there else 0,
+        rest=_lines(values["rest"]) if "rest" in there and values["rest"] is not None else None,
+        parts=_parts(values["parts"]) if "parts" in there and values["parts"] is not None else (),
     )
     plain = {name: values[name] for name in _PLAIN if name in there}
     labels = json.loads(values["labels"]) if values["labels"] else None
     derived, unsplit, held = (name in there and bool(values[name]) for name in _FLAGS)
     return Row(**plain, state=state, labels=labels, derived=derived, unsplit=unsplit, held=held)
+
+
+def _lines(stored: str) -> tuple[MeterLine, ...]:
+    return tuple(MeterLine(code, quantity) for code, quantity in json.loads(stored).items())
+
+
+def _parts(stored: str) -> tuple[Part, ...]:
+    return tuple(Part(commit_id, charged) for commit_id, charged in json.loads(stored).items())

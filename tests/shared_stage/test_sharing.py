@@ -28,8 +28,7 @@ from vluna_llm.outbox import Journal, Row
 from vluna_llm.outbox.postgres import Claim, SharedOutbox
 from vluna_llm.pricing import PriceBook
 from vluna_llm.sandbox import Sandbox
-from vluna_llm.sharing import Sharing
-from vluna_llm.sharing import stage as sharing_module
+from vluna_llm.sharing import Sharing, copying, following, rows, stage
 from vluna_llm.sharing.claims import Claims
 from vluna_llm.telemetry import Telemetry
 from vluna_llm.types import Receipt
@@ -290,12 +289,14 @@ def test_a_row_that_postgresql_cannot_hold_is_delivered_from_here(process: Proce
 def test_more_rows_than_memory_holds_are_shared_and_followed_all_the_same(
     idle: Process, monkeypatch: pytest.MonkeyPatch, psql: Any
 ) -> None:
-    monkeypatch.setattr(sharing_module, "_HELD_IN_MEMORY", 20)
-    monkeypatch.setattr(sharing_module, "_BATCH", 10)
+    monkeypatch.setattr(copying, "_HELD_IN_MEMORY", 20)
+    monkeypatch.setattr(copying, "_BATCH", 10)
+    monkeypatch.setattr(following, "_HELD_IN_MEMORY", 20)
+    monkeypatch.setattr(rows, "PAGE", 10)
     idle.add(*(row(f"op-{number}", f"customer-{number % 7}") for number in range(100)))
     keys = [f"op-{number}" for number in range(100)]
     until(lambda: not idle.other.ended(keys).missing)
-    assert len(idle.sharing._waiting) <= 30
+    assert len(idle.sharing._following._waiting) <= 30
     psql.execute("UPDATE vluna_llm_operations SET settlement = 'booked'")
     until(lambda: idle.workers.settled == 100, "all followed")
     until(lambda: idle.sharing.outstanding == 0, "nothing is left")
@@ -423,8 +424,8 @@ def test_the_receipt_of_another_host_reaches_who_waits(idle: Process) -> None:
 def test_what_another_host_put_aside_is_followed_until_it_is_mended(
     idle: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing_module, "_FOLLOW_EVERY", 0.2)
-    idle.sharing._due["follow"] = 0.0
+    monkeypatch.setattr(stage, "_FOLLOW_EVERY", 0.2)
+    idle.sharing._follow_at = 0.0
     idle.add(row())
     until(lambda: idle.stage()[0] == "shared")
     quarantined = PENDING.sent().quarantined()
@@ -498,7 +499,7 @@ def test_an_outage_is_told_once_and_ends(
     process: Process, postgres: Any, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that come in meanwhile are delivered from here; those that nobody delivered by its end are shared then."""
-    monkeypatch.setattr(sharing_module, "_AWAY", (0.2, 0.2))
+    monkeypatch.setattr(stage, "_AWAY", (0.2, 0.2))
     process.add(row())
     until(lambda: len(process.workers.fed) == 1)
     with Outage(postgres, database):
@@ -520,7 +521,7 @@ def test_lanes_that_were_forgotten_in_an_outage_are_free_at_once(
     process: Process, postgres: Any, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL took a claim for us whose answer never came; nobody waits until it runs out."""
-    monkeypatch.setattr(sharing_module, "_AWAY", (0.2, 0.2))
+    monkeypatch.setattr(stage, "_AWAY", (0.2, 0.2))
     until(lambda: process.other.totals() == [])
     process.other.offer([row()], "host")
     process.other.claim(process.sharing.owner, 8, 3_600.0)

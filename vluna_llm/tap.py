@@ -21,7 +21,7 @@ import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 from ._tap_watch import REST_CHUNKS, Sink, Watch, collecting, watch_collector
 from ._tap_wire import Decoder, Wire, http_module
@@ -88,7 +88,7 @@ class _Tap:
         self._handed_over = False
         watch_collector()
         weakref.finalize(self, watch.forgotten).atexit = False
-        _note_open(self)
+        note_open(self)
 
     def __getattr__(self, name: str) -> Any:
         # httpx2 asks the stream for the elapsed time; whatever else was reachable stays reachable.
@@ -303,10 +303,15 @@ class _AsyncTap(_Tap):
             pass
 
 
-_open_streams: weakref.WeakSet[_Tap] = weakref.WeakSet()
+class _Watched(Protocol):
+    @property
+    def _watch(self) -> Watch: ...
 
 
-def _note_open(stream: _Tap) -> None:
+_open_streams: weakref.WeakSet[_Watched] = weakref.WeakSet()
+
+
+def note_open(stream: _Watched) -> None:
     """Remember the stream for the end of the process, as long as somebody holds it.
 
     Not left to ``weakref.finalize``, which runs at exit at a moment that depends on who first used it in this process:

@@ -198,7 +198,7 @@ def test_an_open_answer_at_exit_is_given_back_at_once(gate: Sandbox, program: Pr
                 forgotten = staticmethod(lambda: operation.abandon(lambda: Ending("abandoned")))
 
         kept = Open()
-        vluna_llm.tap._note_open(kept)
+        vluna_llm.tap.note_open(kept)
         """
     )
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -97,6 +97,10 @@ class EventReader:
                 self._take(normalize_usage(last_usage_object(payload)))
                 self._ended_by_name(name)
             return False
+        return self.read_object(obj)
+
+    def read_object(self, obj: Mapping[str, Any]) -> bool:
+        """Read one event that is decoded already; True where it is a usage-only chunk."""
         if self._identifying():
             self._identify -= 1
             response_id, model = identity(obj)

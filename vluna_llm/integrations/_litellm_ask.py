@@ -1,0 +1,90 @@
+"""Asking for the usage of a stream on the caller's behalf (design rule 2), through LiteLLM.
+
+LiteLLM asks by itself only where it talks to OpenAI's own address. Elsewhere the option goes into the request by
+``extra_body``, not as LiteLLM's own ``stream_options``: that one is part of LiteLLM's cache keys, changes which chunks
+LiteLLM gives, and is refused for some providers before the call. Below, in the provider's stream, it is the same; and
+LiteLLM leaves out a usage-only chunk that it was not asked for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Final
+
+from ..lifecycle import ModelCall
+from ._openai_usage_option import KINDS, REFUSERS, is_asked, is_refusal
+
+_OPENAI_WIRE: Final = frozenset({"openai", "azure", "text-completion-openai", "custom_openai"})
+"""Beside LiteLLM's own list of OpenAI-compatible providers."""
+
+
+def ask_usage(kwargs: Mapping[str, Any], model_call: ModelCall) -> tuple[dict[str, Any], bool]:
+    """The arguments with ``include_usage`` asked for, and whether that was done; a copy, the caller's stay as they are.
+
+    Nothing is done where the caller asks, where no stream is asked for, where the provider does not speak OpenAI's
+    protocol (the others report usage unasked), and where this upstream has refused the option before.
+    """
+    given = dict(kwargs)
+    if not given.get("stream") or model_call.kind not in KINDS or is_asked(given):
+        return given, False
+    body = given.get("extra_body")
+    if not isinstance(body, (Mapping, type(None))) or (isinstance(body, Mapping) and is_asked(body)):
+        return given, False
+    provider, model = _provider(given, model_call)
+    if not _knows_option(provider, model) or _upstream(given, model_call) in REFUSERS:
+        return given, False
+    options = {**_mapping(given.get("stream_options")), **_mapping((body or {}).get("stream_options"))}
+    given["extra_body"] = {**(body or {}), "stream_options": {**options, "include_usage": True}}
+    return given, True
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether a call may have failed because usage was asked for: it is made once more with the caller's arguments."""
+    status = getattr(error, "status_code", None)
+    return isinstance(status, int) and is_refusal(status, f"{error} {getattr(error, 'body', '')}")
+
+
+def remember_refusal(kwargs: Mapping[str, Any], model_call: ModelCall) -> None:
+    """The call went through without the option: this upstream is not asked again."""
+    REFUSERS.add(_upstream(kwargs, model_call))
+
+
+def _upstream(kwargs: Mapping[str, Any], model_call: ModelCall) -> str:
+    base = kwargs.get("api_base") or kwargs.get("base_url")
+    return str(base) if base else f"litellm:{model_call.provider}"
+
+
+def _provider(kwargs: Mapping[str, Any], model_call: ModelCall) -> tuple[str, str]:
+    model = kwargs.get("model")
+    if not isinstance(model, str):
+        return model_call.provider, model_call.model
+    base = kwargs.get("api_base") or kwargs.get("base_url")
+    named = kwargs.get("custom_llm_provider")
+    return _resolved(model, named if isinstance(named, str) else None, base if isinstance(base, str) else None)
+
+
+@lru_cache(maxsize=256)
+def _resolved(model: str, named: str | None, base: str | None) -> tuple[str, str]:
+    import litellm
+
+    found = litellm.get_llm_provider(model=model, custom_llm_provider=named, api_base=base)
+    return str(found[1]), str(found[0])
+
+
+@lru_cache(maxsize=256)
+def _knows_option(provider: str, model: str) -> bool:
+    """Whether requests to this provider have OpenAI's shape and LiteLLM itself lets the option through to it."""
+    import litellm
+
+    compatible = getattr(litellm, "openai_compatible_providers", ())
+    if provider not in _OPENAI_WIRE and provider not in compatible:
+        return False
+    if provider == "text-completion-openai":
+        return True
+    known = litellm.get_supported_openai_params(model=model, custom_llm_provider=provider)
+    return known is not None and "stream_options" in known
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,255 @@
+"""Streams of LiteLLM: how each of them ends, by what the provider sent and not by what LiteLLM makes of it.
+
+LiteLLM counts tokens itself where the provider reports none, tells its callbacks nothing about a stream that is left,
+and some of its versions report an answer that was cut as a success. So its chunks and events are not looked at: below
+nearly every stream of LiteLLM lies an open HTTP response, and the observing byte stream of `vluna_llm.tap` is put under
+that. Types, chunks, errors and their timing stay LiteLLM's own, whatever is wrapped around the stream afterwards (the
+Router's fallbacks, a bridge to another API, a proxy's hooks).
+
+Where there is no response yet (LiteLLM asks the provider at the first read) or none that can be read, the items of the
+stream are observed instead (`_litellm_items`). A stream that LiteLLM makes up from a whole answer is settled at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from types import AsyncGeneratorType, FrameType, GeneratorType
+from typing import Any, Final, Literal
+
+from ..ending import Ending
+from ..lifecycle import ModelCall, Operation
+from ..tap import tap
+from ..usage import StreamReader, read_body
+from ._litellm_ask import ask_usage, is_refused, remember_refusal
+from ._litellm_aws import AwsReader
+from ._litellm_call import LogicalCall
+from ._litellm_items import Site, observe, whole_answer
+from ._litellm_usage import costs_nothing
+
+__all__ = ["ask_usage", "is_refused", "remember_refusal", "watch"]
+
+_LINKS: Final = (
+    "response",
+    "http_response",
+    "completion_stream",
+    "litellm_custom_stream_wrapper",
+    "streaming_response",
+    "stream_iterator",
+    "_anthropic_wrapper",
+    "_byte_stream",
+    "_responses_stream",
+    "responses_stream",
+    "iterator",
+    "stream",
+    "self",
+)
+"""Under these names the streams of LiteLLM, of the OpenAI SDK and of httpx hold what they read from: attributes of
+objects, arguments of generators that have not begun."""
+_DEEPEST: Final = 12
+_AWS: Final = "application/vnd.amazon.eventstream"
+
+
+def watch(response: Any, call: LogicalCall, model_call: ModelCall, *, asked_usage: bool, is_async: bool) -> Any:
+    """See to it that the end of this stream settles the call's operation, however it ends. Never raises.
+
+    Args:
+        response: the stream that LiteLLM returned, unread.
+        call: the logical call; its operation of now is settled, also where another attempt follows later.
+        model_call: what was asked for.
+        asked_usage: usage was asked for on the caller's behalf; LiteLLM itself leaves that chunk out of the stream.
+        is_async: the colour of the call.
+
+    Returns:
+        What the caller is given: the same object, or for a bare generator another generator.
+    """
+    operation = call.operation
+    if operation is None or call.slot.claimed:
+        return response
+    try:
+        if call.slot.passed_on:
+            operation.fail()
+            return response
+        if call.watched is operation:
+            return response
+        call.watched = operation
+        return _watch(response, call, Bill(call, operation), model_call, is_async)
+    except Exception:
+        call.vluna.internal_error("litellm.stream")
+        operation.fail()
+        return response
+
+
+class Bill:
+    """Stands for the operation of one stream; a metered client inside that claimed the operation settles it instead."""
+
+    __slots__ = ("_call", "_operation")
+
+    def __init__(self, call: LogicalCall, operation: Operation) -> None:
+        self._call = call
+        self._operation = operation
+
+    @property
+    def on_abort(self) -> Literal["cancel", "estimate", "drain"]:
+        """What becomes of an answer that the consumer leaves."""
+        return self._operation.on_abort
+
+    @property
+    def settle_inline(self) -> bool:
+        """Whether the consumer waits for the receipt."""
+        return self._operation.settle_inline
+
+    @property
+    def claimed(self) -> bool:
+        """Whether a metered client inside settles it."""
+        return self._call.operation is self._operation and self._call.slot.claimed
+
+    @property
+    def passed_on(self) -> bool:
+        """Whether a metered client inside bills somebody else."""
+        return self._call.operation is self._operation and self._call.slot.passed_on
+
+    def fail(self) -> None:
+        """Nothing is owed."""
+        if not self.claimed:
+            self._operation.fail()
+
+    def finish(self, ending: Ending) -> None:
+        """The answer ended."""
+        if self.passed_on:
+            self._operation.fail()
+        elif not self.claimed:
+            self._operation.finish(ending)
+
+    def abandon(self, ending: Callable[[], Ending]) -> None:
+        """The answer was forgotten."""
+        if not self.claimed:
+            self._operation.abandon(ending)
+
+    def wait(self, timeout: float | None = None) -> object:
+        """Wait for the receipt."""
+        return None if self.claimed else self._operation.wait(timeout)
+
+    def wait_async(self, timeout: float | None = None) -> Awaitable[object]:
+        """Wait for the receipt without holding up the loop."""
+        return self._operation.wait_async(timeout)
+
+
+def _watch(response: Any, call: LogicalCall, bill: Bill, model_call: ModelCall, is_async: bool) -> Any:
+    if _is_free(response):
+        bill.fail()
+        return response
+    known = whole_answer(response, model_call)
+    if known is not None:
+        bill.finish(known)
+        return response
+    http = open_response(response)
+    if http is None:
+        return observe(response, Site(bill, call, model_call, lambda stream: _tap_below(stream, call, bill, is_async)))
+    _tap(http, call, bill, is_async)
+    _closable(response, http)
+    return response
+
+
+def _tap_below(stream: Any, call: LogicalCall, bill: Bill, is_async: bool) -> bool:
+    """Observe the response below a stream that was made late; False where there is none."""
+    http = open_response(stream)
+    if http is not None:
+        _tap(http, call, bill, is_async)
+    return http is not None
+
+
+def _tap(http: Any, call: LogicalCall, bill: Bill, is_async: bool) -> None:
+    url = str(http.request.url.path)
+    content_type = http.headers.get("content-type") or ""
+    if http.is_closed or http.is_stream_consumed:
+        bill.finish(_read_already(http, url, content_type))
+        return
+    reader = AwsReader(url) if content_type.startswith(_AWS) else StreamReader(url, content_type or None)
+    report = call.vluna.internal_error
+    tap(http, bill, url=url, hide_usage_chunk=False, report=report, is_async=is_async, reader=reader)
+
+
+def _read_already(http: Any, url: str, content_type: str) -> Ending:
+    """The ending of an answer that somebody has read to its end before us; what is not kept is estimated."""
+    try:
+        facts = read_body(url, content_type, http.content)
+    except Exception:
+        return Ending(how="complete", finished=True)
+    return Ending(
+        how="complete" if facts.complete else "error",
+        usage=facts.usage,
+        finished=facts.complete,
+        finish_reason_seen=facts.finish_reason_seen,
+        failed=facts.failed or not facts.complete,
+        response_id=facts.response_id,
+        model=facts.model,
+    )
+
+
+def _is_free(response: Any) -> bool:
+    """Whether no provider is asked: LiteLLM plays back an answer from its cache, or one that the caller made up."""
+    source = getattr(response, "completion_stream", None)
+    frame = _frame(source)
+    return (
+        costs_nothing(response)
+        or type(response).__name__.startswith("Cached")
+        or (frame is not None and "mock_completion" in frame.f_code.co_name)
+    )
+
+
+def _closable(response: Any, http: Any) -> None:
+    """Let ``aclose`` of LiteLLM's stream reach the response where its own iterator has no way to close (1.83)."""
+    source = getattr(response, "completion_stream", None)
+    if source is None or hasattr(source, "aclose") or hasattr(source, "close") or not hasattr(http.stream, "aclose"):
+        return
+    try:
+        source.aclose = http.aclose
+    except AttributeError:
+        pass
+
+
+def open_response(found: Any) -> Any:
+    """The HTTP response from which this stream will be read; None where there is none yet."""
+    seen: set[int] = set()
+    level = [found]
+    for _ in range(_DEEPEST):
+        below: list[Any] = []
+        for holder in level:
+            if id(holder) in seen:
+                continue
+            seen.add(id(holder))
+            if _is_response(holder):
+                return holder
+            below.extend(_links(holder))
+        if not below:
+            return None
+        level = below
+    return None
+
+
+def _links(holder: Any) -> list[Any]:
+    names: Any
+    frame = _frame(holder)
+    if frame is not None:
+        names = frame.f_locals
+    else:
+        names = getattr(holder, "__dict__", None)
+        if not isinstance(names, dict):
+            return []
+    return [names[name] for name in _LINKS if names.get(name) is not None]
+
+
+def _frame(holder: Any) -> FrameType | None:
+    if isinstance(holder, GeneratorType):
+        return holder.gi_frame
+    if isinstance(holder, AsyncGeneratorType):
+        frame: FrameType | None = holder.ag_frame
+        return frame
+    return None
+
+
+def _is_response(holder: Any) -> bool:
+    return any(
+        kind.__name__ == "Response" and kind.__module__.partition(".")[0] in ("httpx", "httpx2")
+        for kind in type(holder).__mro__
+    ) and hasattr(holder, "stream")

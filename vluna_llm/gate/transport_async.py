@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from typing import Protocol
+from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 import anyio
@@ -242,8 +242,7 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are not asyncio's by inheritance
 
     def data_received(self, data: bytes) -> None:
         self._take(data)

@@ -15,12 +15,14 @@ event name                           severity  when
 ``vluna.usage.estimated``            WARN      a completed call brought no usage; an estimate is billed
 ``vluna.settlement.booked``          DEBUG     the gate charged
 ``vluna.settlement.quarantined``     ERROR     the gate answered 200 and charged nothing
+``vluna.settlement.unpriced``        ERROR     lines without a price were booked as 0; sent again when they have one
 ``vluna.settlement.repaired``        WARN      usage of a quarantined commit was booked by ingest
 ``vluna.settlement.refused``         ERROR     the gate will not take a settlement; an operator has to look
 ``vluna.settlement.retrying``        WARN      a settlement is kept and tried again; ERROR where somebody has to act
 ``vluna.settlement.ordered``         INFO      an operator ordered a retry, repair or drop
 ``vluna.outbox.backlog``             ERROR     settlements come in faster than they go out; INFO when that is over
-``vluna.outbox.shared_away``         ERROR     PostgreSQL cannot be used; settlements are delivered from their hosts
+``vluna.outbox.shared_away``         ERROR     PostgreSQL cannot be used; settlements are delivered from their hosts;
+                                               WARN where it is silent while the process ends
 ``vluna.outbox.shared_back``         INFO      PostgreSQL answers again
 ``vluna.outbox.claim_lost``          WARN      this host was away for longer than its claim: another one delivers
 ``vluna.endpoint.unmetered``         WARN      a call that costs money went through unbilled; ERROR where it was meant

@@ -12,9 +12,12 @@ import pytest
 pytest.importorskip("typer", reason="the command line needs the extra cli")
 pytest.importorskip("uvicorn", reason="these tests need the extra sandbox")
 
-from vluna_llm import Vluna, call_context
+from vluna_llm import TokenUsage, Vluna, call_context
 from vluna_llm.errors import GateDenied
+from vluna_llm.operation import OperationState, Part
+from vluna_llm.outbox import Journal, Row
 from vluna_llm.sandbox import Sandbox
+from vluna_llm.usage.meters import MeterLine
 
 Cli = Callable[..., Any]
 
@@ -54,6 +57,24 @@ def test_outbox_lists_what_waits_and_nothing_else(cli: Cli, left_behind: Path) -
     assert "globex" in table
     assert "acme" not in table
     assert "1 operation(s)" in table
+
+
+def test_outbox_tells_what_an_ingest_charged_and_what_is_left(cli: Cli, tmp_path: Path) -> None:
+    """In the table, as JSON and for an accountant."""
+    state = OperationState().ungated().started().completed(TokenUsage(100, 40), "provider").sent()
+    left = state.partly_booked((MeterLine("m.output", 40),), (Part("c-1", 300),))
+    row = Row("op-1", "https://gate", "realm", 1, "acme", "acme", "m", 1.0, "", "k", held=True, state=left, body=b"{}")
+    journal = Journal(tmp_path)
+    journal.insert(row)
+    journal.close()
+    table = cli("outbox", str(tmp_path)).out
+    assert "40 left" in table
+    assert "m.output (40)" in " ".join(table.split())
+    (shown,) = json.loads(cli("outbox", str(tmp_path), "--json").out)["operations"]
+    assert (shown["state"], shown["unbilled"], shown["charged_xusd"]) == ("held", 40, 300)
+    exported = json.loads(cli("outbox", "export", "-d", str(tmp_path)).out)
+    assert (exported["quantity"], exported["unbilled"], exported["unbilled_lines"]) == (140, 40, {"m.output": 40})
+    assert (exported["charged_xusd"], exported["charged_by"]) == (300, {"c-1": 300})
 
 
 def test_outbox_changes_nothing(cli: Cli, gate: Sandbox, left_behind: Path, make_vluna: Callable[..., Vluna]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigurationError
+from ..outbox.row import unbilled
 from ..outbox.waiting import since
 from .selection import Entry
 
@@ -23,7 +24,10 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def record(entry: Entry) -> dict[str, Any]:
-    """One operation: who, what, when, how much, and why it waits. Times are UTC, amounts XUSD, the rest tokens."""
+    """One operation: who, what, when, how much, and why it waits. Times are UTC, amounts XUSD, the rest tokens.
+
+    ``charged_by`` are the bookings that charged a part of it; ``unbilled`` is what is left.
+    """
     row, usage = entry.row, entry.row.state.usage
     receipt = _receipt(row.receipt)
     return {
@@ -38,6 +42,10 @@ def record(entry: Entry) -> dict[str, Any]:
         "input_tokens": None if usage is None else usage.input_tokens,
         "cached_tokens": None if usage is None else usage.cached_tokens,
         "output_tokens": None if usage is None else usage.output_tokens,
+        "unbilled": unbilled(row),
+        "unbilled_lines": {line.meter_code: line.quantity for line in row.state.rest or ()},
+        "charged_xusd": sum(part.charged_xusd for part in row.state.parts),
+        "charged_by": {part.commit_id: part.charged_xusd for part in row.state.parts},
         "usage_source": row.state.usage_source,
         "estimated_input": row.estimated_input,
         "estimated_output": row.estimated_output,
@@ -126,6 +134,10 @@ _NAMES = (
     "input_tokens",
     "cached_tokens",
     "output_tokens",
+    "unbilled",
+    "unbilled_lines",
+    "charged_xusd",
+    "charged_by",
     "usage_source",
     "estimated_input",
     "estimated_output",

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..outbox.row import next_step
+from ..outbox.row import next_step, unbilled
 from ..outbox.waiting import STATES, Waiting, needs_person, since
 from .selection import Entry, Snapshot, short_ids
 
@@ -71,6 +71,8 @@ def as_json(entry: Entry, now: float) -> dict[str, Any]:
         "feature_code": row.feature_code,
         "model": row.model,
         "usage": None if usage is None else dict(usage.counts()),
+        "unbilled": unbilled(row),
+        "charged_xusd": sum(part.charged_xusd for part in row.state.parts),
         "usage_source": row.state.usage_source,
         "estimated_input": row.estimated_input,
         "estimated_output": row.estimated_output,
@@ -140,7 +142,7 @@ def show_entries(console: Console, entries: Sequence[Entry]) -> None:
             ids[row.operation_id],
             Text(row.principal_id),
             Text(row.feature_code),
-            "-" if usage is None else f"{usage.total_tokens:,}",
+            "-" if usage is None else f"{unbilled(row):,}" + (" left" if row.state.parts else ""),
             _age(now - since(row)),
             str(row.attempts),
             *([Text("here" if entry.journal else entry.where)] if somewhere_else else []),

@@ -194,6 +194,7 @@ def drop(
     """
     from rich.console import Console
 
+    from ..outbox.row import unbilled
     from .app import console_for
     from .export import drop_file, text_of, write_private
     from .listing import show_entries
@@ -202,7 +203,7 @@ def drop(
     snapshot, entries = _find(directory, ids, Filter())
     aside: Console = console_for(sys.stderr) if as_json else console_for()
     show_entries(aside, entries)
-    tokens = sum(entry.row.state.usage.total_tokens for entry in entries if entry.row.state.usage is not None)
+    tokens = sum(unbilled(entry.row) or 0 for entry in entries)
     sent = sum(entry.row.state.settlement == "sent" for entry in entries)
     unknown = f"; {sent} of them may have been charged already: no answer was seen" if sent else ""
     aside.print(f"Gives up {len(entries)} operation(s) with {tokens:,} known tokens{unknown}.", highlight=False)

@@ -189,6 +189,14 @@ def next_step(row: Row) -> str:
     return NEXT_STEP[state.settlement]
 
 
+def unbilled(row: Row) -> int | None:
+    """The tokens of a row that nobody was charged for yet, be it that they never will be; None where not known."""
+    state = row.state
+    if state.rest is not None:
+        return sum(line.quantity for line in state.rest)
+    return None if state.usage is None else state.usage.total_tokens
+
+
 def named(lines: Iterable[MeterLine]) -> str:
     """Lines in words: the meters, and how many tokens each."""
     return ", ".join(f"{line.meter_code} ({line.quantity:,})" for line in lines)

@@ -354,6 +354,11 @@ def within(context: CallContext) -> Iterator[CallContext]:
             pass  # left in another task than it was entered in, which never saw it
 
 
+def enter_context(context: CallContext) -> None:
+    """Let what this context sets win for as long as the running task lives: for hooks of servers, which have no ``with``."""
+    _current.set(current_context().override(context))
+
+
 _EMPTY = CallContext()
 
 

@@ -23,6 +23,13 @@ class LogicalCall:
     `admit` is called before each attempt and asks the gate only where it has to: the first time, for another feature
     (a fallback to another model), and after an operation inside has ended. A refusal is remembered: LiteLLM may try
     again, and the gate is not asked again for the same feature.
+
+    Attributes:
+        refused: the refusal of the latest attempt, None where it was admitted: LiteLLM may have wrapped it.
+        attempts: how many concrete calls LiteLLM has begun for this one.
+        family: the kind of work, `family_of`: what belongs to another one is no attempt at this call.
+        watched: the operation that the end of a stream settles, once there is one.
+        driver: the method of a Router that works on it: another one at the same time is a call of its own.
     """
 
     def __init__(self, vluna: Vluna, bound: CallContext | None = None) -> None:
@@ -30,8 +37,19 @@ class LogicalCall:
         self.bound = bound
         self.slot = Slot()
         self.attempts = 0
+        self.family: str | None = None
+        self.watched: Operation | None = None
+        self.driver: object | None = None
+        self.refused: VlunaError | None = None
+        self._within = 0
+        self._left = False
         self._feature: str | None = None
         self._refusal: tuple[str, VlunaError] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether LiteLLM's entry function has returned: background work that still sees this call is its own."""
+        return self._left and not self._within
 
     @property
     def operation(self) -> Operation | None:
@@ -72,13 +90,19 @@ class LogicalCall:
         """The feature to be asked for; None where the operation that is there serves this attempt, too."""
         if self.vluna.mode == "off":
             return None
+        self.family = family_of(call.kind)
         try:
             feature = self.vluna.feature_of(call, self.bound)
         except VlunaError as error:
-            raise refusal(error) from None
+            if self.vluna.mode == "enforce":
+                self.refused = refusal(error)
+                raise self.refused from None
+            feature = ""  # observed: `begin` tells why nobody is billed, and refuses nothing
         operation = self.operation
-        if self._refusal is not None and self._refusal[0] == feature:
-            raise self._refusal[1]
+        if self._refusal is not None and self._refusal[0] == feature and self.vluna.mode == "enforce":
+            self.refused = self._refusal[1]
+            raise self.refused
+        self.refused = None
         if operation is not None and not operation.ended:
             if feature == self._feature and not self.slot.passed_on:
                 return None
@@ -90,8 +114,9 @@ class LogicalCall:
         self.slot.offer(operation)
 
     def _refused(self, feature: str, error: VlunaError) -> VlunaError:
-        self._refusal = (feature, refusal(error))
-        return error
+        self.refused = refusal(error)
+        self._refusal = (feature, self.refused)
+        return self.refused
 
     def _give_up(self, operation: Operation) -> None:
         if not self.slot.claimed:
@@ -119,20 +144,31 @@ class LogicalCall:
     @contextmanager
     def running(self) -> Iterator[LogicalCall]:
         """Everything that LiteLLM does in the ``with`` belongs to this call, and bills its customer."""
-        with ExitStack() as stack:
-            stack.enter_context(_set(self))
-            stack.enter_context(inside(self.slot))
-            if self.bound is not None:
-                stack.enter_context(within(self.bound))
-            yield self
+        self._within += 1
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(_set(self))
+                stack.enter_context(inside(self.slot))
+                if self.bound is not None:
+                    stack.enter_context(within(self.bound))
+                yield self
+        finally:
+            self._within -= 1
+            self._left = True
 
 
 _current: ContextVar[LogicalCall | None] = ContextVar("vluna_llm_litellm_call", default=None)
 
 
 def current_call() -> LogicalCall | None:
-    """The logical call around the running code."""
-    return _current.get()
+    """The logical call around the running code; None where it is over (LiteLLM logs in copies of its context)."""
+    call = _current.get()
+    return None if call is None or call.over else call
+
+
+def family_of(kind: str) -> str:
+    """Kinds of work between which LiteLLM translates (chat, responses, completions, messages) are one family."""
+    return kind if kind in ("embeddings", "images", "audio") else "generation"
 
 
 def enter_call(call: LogicalCall) -> None:

@@ -1,0 +1,381 @@
+"""One run of a LiteLLM entry function: an attempt at a logical call, or a logical call of its own. Both colours.
+
+LiteLLM's functions call each other: retries, fallbacks, bridges from one API to another. What runs inside is part of
+the call around it, and is settled where the provider answered. But LiteLLM also makes calls of other kinds inside (an
+embedding for its semantic cache), and hooks of the user may ask a model themselves. `Attempt` tells these apart:
+
+* the same feature, or any after an attempt inside has failed: an attempt of the same call (retry, bridge, fallback);
+* another feature or kind of work while the surrounding one is under way: a call of its own, for the same customer;
+* an answer counts for whoever asked the provider: a function that translated what an inner one brought owes nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final
+
+import litellm
+
+from ..context import CallContext
+from ..errors import ConfigurationError, VlunaError
+from ..slot import Slot, inside
+from ._litellm_ask import ask_usage, is_refused, remember_refusal
+from ._litellm_call import LogicalCall, current_call, family_of, refusal
+from ._litellm_metadata import Trace, strip, take_identity
+from ._litellm_stream import watch
+from ._litellm_usage import costs_nothing, ending_of, model_call_of, pending
+
+if TYPE_CHECKING:
+    from ..lifecycle import Operation
+    from ..vluna import Vluna
+
+_SELF_CALLS: Final = (
+    "acompletion",
+    "aembedding",
+    "atext_completion",
+    "aimg_generation",
+    "atranscription",
+    "aresponses",
+    "is_async",
+    "_is_async",
+    "async_call",
+)
+"""Arguments by which LiteLLM's async functions call their sync twins: not another call."""
+
+
+class Attempt:
+    """What is known of one run of an entry function."""
+
+    __slots__ = (
+        "answered_inside",
+        "args",
+        "asked",
+        "asks_provider",
+        "bare",
+        "call",
+        "complete",
+        "done",
+        "failed_inside",
+        "fallbacks",
+        "kind",
+        "kwargs",
+        "model_call",
+        "outermost",
+        "parent",
+        "raw",
+        "settled_elsewhere",
+        "trace",
+    )
+
+    def __init__(self, vluna: Vluna, kind: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self.kind = kind
+        self.args = args
+        self.kwargs = kwargs
+        self.parent: Attempt | None = None
+        self.outermost = False
+        self.asked = False
+        self.bare: dict[str, Any] | None = None
+        self.complete = False
+        self.fallbacks: Mapping[Any, Any] | None = None
+        self.done = False
+        self.asks_provider = False
+        self.answered_inside = False
+        self.settled_elsewhere = False
+        self.failed_inside = False
+        self.raw: Any = None
+        self.trace = Trace(self)
+        self.call: LogicalCall
+        self.model_call = model_call_of(kind, kwargs, args)
+
+    @property
+    def vluna(self) -> Vluna:
+        """Whose call it is."""
+        return self.call.vluna
+
+    def ask_usage(self) -> None:
+        """Ask for the usage of a stream on the caller's behalf."""
+        asked, self.asked = ask_usage(self.kwargs, self.model_call)
+        if self.asked:
+            self.bare, self.kwargs = self.kwargs, asked
+
+    # -- before ------------------------------------------------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Ask the gate, where that is needed.
+
+        Raises:
+            VlunaError: refused; the provider must not be called.
+        """
+        self.call.attempts += 1
+        with self._shielded():
+            self.call.admit(self.model_call)
+        self._follow()
+
+    async def aadmit(self) -> None:
+        """`admit` for coroutines."""
+        self.call.attempts += 1
+        with self._shielded():
+            await self.call.aadmit(self.model_call)
+        self._follow()
+
+    @contextmanager
+    def _shielded(self) -> Iterator[None]:
+        """A call of its own inside another takes nothing out of that one's slot."""
+        with ExitStack() as stack:
+            if self.outermost and self.parent is not None:
+                stack.enter_context(inside(Slot()))
+            yield
+
+    def _follow(self) -> None:
+        if self.call.operation is not None:
+            self.trace.follow(self.call.operation)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """LiteLLM works on this attempt in the ``with``."""
+        with ExitStack() as stack:
+            if self.outermost or current_call() is not self.call:
+                stack.enter_context(self.call.running())
+            token = _current.set(self)
+            try:
+                yield
+            finally:
+                try:
+                    _current.reset(token)
+                except ValueError:
+                    pass  # left in another task than it was entered in, which never saw it
+
+    # -- after a failure ---------------------------------------------------------------------------------------------
+
+    def again(self, error: BaseException) -> bool:
+        """Whether the function is to be run once more, with other arguments: decided here, where the gate is asked."""
+        try:
+            if self.asked and self.bare is not None and is_refused(error):
+                self.kwargs, self.asked = self.bare, False
+                return True
+            if self.fallbacks is not None and isinstance(error, litellm.ContextWindowExceededError):
+                model = self.fallbacks.get(self.kwargs.get("model", self.args[0] if self.args else None))
+                if model is not None:
+                    self.fallbacks = None
+                    self.kwargs, self.args = _with_model(self.kwargs, self.args, model)
+                    self.model_call = model_call_of(self.kind, self.kwargs, self.args)
+                    return True
+        except Exception:
+            self.vluna.internal_error("litellm.again")
+        return False
+
+    def failed(self, error: BaseException) -> BaseException:
+        """It raised for good: the outermost call charges nothing. Returns what the caller is to see."""
+        self.done = True
+        try:
+            if self.parent is not None:
+                self.parent.failed_inside = True
+            if not self.outermost:
+                return error
+            self.call.failed(error)
+            refused = self.call.refused
+            # LiteLLM puts an exception of its own in the place of a refusal that an attempt inside met.
+            if refused is not None and error is not refused and isinstance(error, Exception):
+                return refused
+        except Exception:
+            self.vluna.internal_error("litellm.failed")
+        return error
+
+    # -- after an answer ---------------------------------------------------------------------------------------------
+
+    @property
+    def owes_anew(self) -> bool:
+        """Whether the provider was asked by this very function, while a call inside has used up the operation."""
+        operation = self.call.operation
+        return self.asks_provider and self.answered_inside and operation is not None and operation.ended
+
+    def readmit(self) -> None:
+        """The work is done: get an operation for it, whatever the gate says."""
+        try:
+            self.admit()
+        except VlunaError as error:
+            self._lost(error)
+
+    async def areadmit(self) -> None:
+        """`readmit` for coroutines."""
+        try:
+            await self.aadmit()
+        except VlunaError as error:
+            self._lost(error)
+
+    def _lost(self, error: VlunaError) -> None:
+        self.vluna.telemetry.emit(
+            "vluna.endpoint.unmetered",
+            "error",
+            {"error.type": type(error).__name__},
+            message=f"a model call inside another one was made and cannot be billed: {error}",
+        )
+
+    def answered(self, result: Any, *, is_async: bool) -> Any:
+        """LiteLLM's function returned: settle a whole answer, watch a stream. Never raises."""
+        self.done = True
+        try:
+            return self._answered(result, is_async)
+        except Exception:
+            self.vluna.internal_error("litellm.answered")
+            return result
+
+    def _answered(self, result: Any, is_async: bool) -> Any:
+        call = self.call
+        if self.bare is not None and not self.asked:
+            remember_refusal(self.kwargs, self.model_call)
+        if self.parent is not None:
+            self.parent.answered_inside = True
+            if self.outermost:
+                self.parent.settled_elsewhere = True
+        stream = is_stream(result)
+        translated = self.answered_inside and not self.asks_provider
+        if translated and not self.settled_elsewhere and not stream:
+            pass  # settled inside, by the attempt that asked the provider
+        elif not stream and costs_nothing(result, self.raw):
+            call.failed(None)
+        elif translated and self.settled_elsewhere:
+            call.failed(None)  # what was admitted for it is not needed: the work was billed as a call of its own
+        elif stream:
+            result = watch(result, call, self.model_call, asked_usage=self.asked, is_async=is_async)
+        elif pending(result):
+            if call.operation is not None and not call.slot.claimed:
+                call.operation.park(response_id_of(result))
+        else:
+            call.answered(ending_of(result, self.model_call, self.raw))
+        if call.operation is not None:
+            self._follow()
+            show(result, call.operation)
+        return result
+
+    @property
+    def waits(self) -> Operation | None:
+        """The operation whose receipt the caller waits for before getting the answer (``settle="inline"``)."""
+        operation = self.call.operation
+        if self.outermost and operation is not None and operation.ended and operation.settle_inline:
+            return operation
+        return None
+
+
+_current: ContextVar[Attempt | None] = ContextVar("vluna_llm_litellm_attempt", default=None)
+
+
+def current_attempt() -> Attempt | None:
+    """The attempt under way around the running code."""
+    attempt = _current.get()
+    return None if attempt is None or attempt.done else attempt
+
+
+def is_own_call(kwargs: Mapping[str, Any]) -> bool:
+    """Whether an async function of LiteLLM calls its sync twin."""
+    return any(kwargs.get(name) is True for name in _SELF_CALLS)
+
+
+def open_attempt(vluna: Vluna, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attempt | None:
+    """The attempt that this run of an entry function is; None where it is none of ours.
+
+    Raises:
+        ConfigurationError: ``metadata["vluna"]`` is unusable.
+    """
+    around = current_attempt()
+    call = current_call()
+    given, bound, trace = _identity(vluna, kwargs)
+    if around is None and call is None and trace is not None:
+        # Handed on through a thread of LiteLLM's that knows nothing of the caller's context.
+        if isinstance(trace.owner, Attempt) and not trace.owner.done:
+            around, call = trace.owner, trace.owner.call
+        elif isinstance(trace.owner, CallContext):
+            bound = trace.owner if bound is None else trace.owner.override(bound)
+    try:
+        return _opened(vluna, kind, args, given, bound, around, call)
+    except VlunaError:
+        raise
+    except Exception:
+        vluna.internal_error("litellm.open")
+        return None
+
+
+def _identity(vluna: Vluna, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], CallContext | None, Trace | None]:
+    try:
+        return take_identity(kwargs)
+    except ConfigurationError as error:
+        if vluna.mode == "enforce":
+            raise refusal(error) from None
+        vluna.telemetry.emit(
+            "vluna.endpoint.unmetered",
+            "error",
+            {"error.type": "ConfigurationError"},
+            message=f"{error} The call goes on for whoever pays for the surrounding work",
+        )
+        return strip(kwargs), None, None
+
+
+def _opened(
+    vluna: Vluna,
+    kind: str,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    bound: CallContext | None,
+    around: Attempt | None,
+    call: LogicalCall | None,
+) -> Attempt:
+    attempt = Attempt(vluna, kind, args, kwargs)
+    if around is not None and call is around.call:
+        attempt.parent = around
+    if call is None or not _belongs(attempt, call):
+        attempt.outermost = True
+        attempt.call = LogicalCall(vluna, bound if call is None or bound is not None else call.bound)
+    else:
+        attempt.call = call
+    return attempt
+
+
+def _belongs(attempt: Attempt, call: LogicalCall) -> bool:
+    """Whether it is an attempt of the call around it."""
+    if call.family is not None and call.family != family_of(attempt.kind):
+        return False
+    around = attempt.parent
+    if around is None or around.failed_inside:
+        return True
+    if around.asks_provider:
+        return False
+    operation = call.operation
+    return operation is None or _feature(call, attempt) == _feature(call, around)
+
+
+def _feature(call: LogicalCall, attempt: Attempt) -> str | None:
+    try:
+        return call.vluna.feature_of(attempt.model_call, call.bound)
+    except VlunaError:
+        return None
+
+
+def _with_model(kwargs: dict[str, Any], args: Sequence[Any], model: Any) -> tuple[dict[str, Any], Sequence[Any]]:
+    if "model" in kwargs or not args:
+        return {**kwargs, "model": model}, args
+    return kwargs, (model, *args[1:])
+
+
+def is_stream(result: Any) -> bool:
+    """Whether the answer is still to be read."""
+    return (
+        (hasattr(result, "__anext__") or hasattr(result, "__next__") or hasattr(result, "__aiter__"))
+        and not inspect.iscoroutine(result)
+        and not isinstance(result, (dict, list, str, bytes))
+    )
+
+
+def response_id_of(result: Any) -> str | None:
+    """The provider's id of a response that is not finished yet."""
+    found = result.get("id") if isinstance(result, Mapping) else getattr(result, "id", None)
+    return found if isinstance(found, str) else None
+
+
+def show(result: Any, operation: Operation) -> None:
+    """Name the operation on the answer, as LiteLLM does with its own facts: ``_hidden_params``."""
+    hidden = getattr(result, "_hidden_params", None)
+    if isinstance(hidden, dict):
+        hidden["vluna_operation_id"] = operation.operation_id

@@ -1,0 +1,408 @@
+"""LiteLLM's entry functions, wrapped: the gate is asked before the provider is, and every answer is settled.
+
+No hook of LiteLLM can refuse a synchronous call, and none fires for a stream that is left; so the functions themselves
+are wrapped, in LiteLLM's modules and wherever they were imported before. The wrappers look like what they wrap (name,
+signature, coroutine function or not, pickling), and take up `install`ed metering when they are called.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import litellm
+
+from ..context import current_context
+from ..errors import VlunaError
+from ._litellm_attempt import Attempt, current_attempt, is_own_call, open_attempt
+from ._litellm_call import LogicalCall, refusal
+from ._litellm_metadata import KEY, Trace, take_identity
+from ._litellm_names import found, replace_everywhere
+
+if TYPE_CHECKING:
+    from ..vluna import Vluna
+
+_HOMES: Final = (
+    "litellm",
+    "litellm.main",
+    "litellm.responses.main",
+    "litellm.images.main",
+    "litellm.llms.anthropic.pass_through.messages.handler",
+    "litellm.llms.anthropic.experimental_pass_through.messages.handler",
+)
+METERED: Final[Mapping[str, str]] = {
+    "completion": "chat.completions",
+    "acompletion": "chat.completions",
+    "responses": "responses",
+    "aresponses": "responses",
+    "compact_responses": "responses",
+    "acompact_responses": "responses",
+    "text_completion": "completions",
+    "atext_completion": "completions",
+    "embedding": "embeddings",
+    "aembedding": "embeddings",
+    "image_generation": "images",
+    "aimage_generation": "images",
+    "image_edit": "images",
+    "aimage_edit": "images",
+    "image_variation": "images",
+    "aimage_variation": "images",
+    "transcription": "audio",
+    "atranscription": "audio",
+    "anthropic_messages": "anthropic.messages",
+    "anthropic_messages_handler": "anthropic.messages",
+}
+"""LiteLLM's functions whose answers bring usage, and the API that each speaks."""
+
+_UNMETERED_HOMES: Final = (
+    "litellm",
+    "litellm.main",
+    "litellm.google_genai.main",
+    "litellm.rerank_api.main",
+    "litellm.realtime_api.main",
+    "litellm.responses.main",
+    "litellm.batches.main",
+    "litellm.videos.main",
+    "litellm.ocr.main",
+    "litellm.search.main",
+    "litellm.assistants.main",
+    "litellm.rag.main",
+)
+UNMETERED: Final = (
+    "speech",
+    "aspeech",
+    "rerank",
+    "arerank",
+    "create_batch",
+    "acreate_batch",
+    "create_fine_tuning_job",
+    "acreate_fine_tuning_job",
+    "video_generation",
+    "avideo_generation",
+    "video_remix",
+    "avideo_remix",
+    "video_edit",
+    "avideo_edit",
+    "video_extension",
+    "avideo_extension",
+    "ocr",
+    "aocr",
+    "search",
+    "asearch",
+    "run_thread",
+    "arun_thread",
+    "run_thread_stream",
+    "arun_thread_stream",
+    "generate_content",
+    "agenerate_content",
+    "generate_content_stream",
+    "agenerate_content_stream",
+    "_arealtime",
+    "_aresponses_websocket",
+    "acreate_realtime_client_secret",
+    "arealtime_calls",
+)
+"""Those that cost money and are not metered: each call of one follows ``on_unmetered`` (design rule 18)."""
+
+_BATCHES: Final = ("batch_completion", "batch_completion_models", "batch_completion_models_all_responses")
+"""Those that make many calls at once, in threads that know nothing of the caller's context."""
+
+
+class _Installed:
+    """What the wrappers work for; shared by all of them."""
+
+    __slots__ = ("twins", "vluna")
+
+    def __init__(self) -> None:
+        self.vluna: Vluna | None = None
+        self.twins: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+_installed: Final = _Installed()
+_guard = threading.Lock()
+_announced: ContextVar[bool] = ContextVar("vluna_llm_litellm_announced", default=False)
+
+
+def install(vluna: Vluna) -> None:
+    """Wrap LiteLLM's entry functions, once however often this is called; the latest ``vluna`` meters them all."""
+    with _guard:
+        _installed.vluna = vluna
+        twins: dict[Callable[..., Any], Callable[..., Any]] = {}
+        for homes, names, wrap in (
+            (_HOMES, tuple(METERED), _metered),
+            (_UNMETERED_HOMES, UNMETERED, _unmetered),
+            (_HOMES, _BATCHES, _batch),
+        ):
+            for name in names:
+                for function in found(homes, name):
+                    if not hasattr(function, "_vluna_original") and function not in twins:
+                        twins[function] = wrap(function, name)
+        # What was wrapped before is put in the place of names that were bound to the original meanwhile, too.
+        replace_everywhere({**_installed.twins, **twins})
+        _installed.twins.update(twins)
+
+
+def uninstall() -> None:
+    """Put LiteLLM's own functions back, wherever a wrapper stands; a wrapper held elsewhere does nothing any more."""
+    with _guard:
+        replace_everywhere({twin: original for original, twin in _installed.twins.items()})
+        _installed.twins.clear()
+        _installed.vluna = None
+
+
+def installed() -> Vluna | None:
+    """The metering that LiteLLM's functions work for; None where they are not wrapped."""
+    return _installed.vluna
+
+
+def _metering() -> Vluna | None:
+    vluna = _installed.vluna
+    return None if vluna is None or vluna.mode == "off" else vluna
+
+
+def open_call(kwargs: Mapping[str, Any]) -> LogicalCall | None:
+    """The logical call of an outer entry, such as a Router's method; None where nothing is metered.
+
+    Raises:
+        ConfigurationError: what ``metadata["vluna"]`` says is unusable.
+    """
+    vluna = _metering()
+    if vluna is None:
+        return None
+    try:
+        _, bound, _ = take_identity(kwargs)
+    except VlunaError as error:
+        if vluna.mode == "enforce":
+            raise refusal(error) from None
+        vluna.internal_error("litellm.identity")
+        bound = None
+    return LogicalCall(vluna, bound)
+
+
+# -- metered -----------------------------------------------------------------------------------------------------------
+
+
+def _metered(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    kind = METERED[name]
+    wrapper = _async_entry(original, kind) if inspect.iscoroutinefunction(original) else _sync_entry(original, kind)
+    wrapper._vluna_original = original  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _sync_entry(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        attempt = _begin(kind, args, kwargs)
+        if attempt is None:
+            return original(*args, **kwargs)
+        attempt.admit()
+        while True:
+            try:
+                with attempt.running():
+                    result = original(*attempt.args, **attempt.kwargs)
+                    if inspect.iscoroutine(result):
+                        return _later(attempt, result)
+                    break
+            except BaseException as error:
+                if not attempt.again(error):
+                    _raise(attempt, error)
+            attempt.admit()
+        if attempt.owes_anew:
+            attempt.readmit()
+        answer = attempt.answered(result, is_async=False)
+        if (operation := attempt.waits) is not None:
+            operation.wait()
+        return _whole(answer, attempt.kwargs) if attempt.complete else answer
+
+    return entry
+
+
+def _async_entry(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def entry(*args: Any, **kwargs: Any) -> Any:
+        attempt = _begin(kind, args, kwargs)
+        if attempt is None:
+            return await original(*args, **kwargs)
+        await attempt.aadmit()
+        while True:
+            try:
+                with attempt.running():
+                    result = await original(*attempt.args, **attempt.kwargs)
+                    break
+            except BaseException as error:
+                if not attempt.again(error):
+                    _raise(attempt, error)
+            await attempt.aadmit()
+        return await _answered(attempt, result)
+
+    return entry
+
+
+async def _later(attempt: Attempt, pending: Any) -> Any:
+    """A sync function of LiteLLM gave a coroutine (``is_async=True``): the answer comes when it is awaited."""
+    try:
+        with attempt.running():
+            result = await pending
+    except BaseException as error:
+        _raise(attempt, error)
+    return await _answered(attempt, result)
+
+
+async def _answered(attempt: Attempt, result: Any) -> Any:
+    if attempt.owes_anew:
+        await attempt.areadmit()
+    answer = attempt.answered(result, is_async=True)
+    if (operation := attempt.waits) is not None:
+        await operation.wait_async()
+    return answer
+
+
+def _raise(attempt: Attempt, error: BaseException) -> None:
+    told = attempt.failed(error)
+    if told is error:
+        raise
+    raise told from error
+
+
+def _begin(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attempt | None:
+    """The attempt that this call of an entry function is; None where LiteLLM's own function is called as it is.
+
+    Raises:
+        ConfigurationError: what ``metadata["vluna"]`` says is unusable.
+    """
+    vluna = _metering()
+    if vluna is None or _is_mocked(kwargs) or (is_own_call(kwargs) and current_attempt() is not None):
+        return None
+    attempt = open_attempt(vluna, kind, args, kwargs)
+    if attempt is not None:
+        try:
+            _prepare(attempt)
+        except Exception:
+            vluna.internal_error("litellm.prepare")
+    return attempt
+
+
+def _is_mocked(kwargs: Mapping[str, Any]) -> bool:
+    return any(kwargs.get(name) for name in ("mock_response", "mock_tool_calls", "mock_timeout"))
+
+
+def _prepare(attempt: Attempt) -> None:
+    """Change the arguments where the work could not be followed otherwise."""
+    kwargs = attempt.kwargs
+    if attempt.kind == "chat.completions":
+        if kwargs.get("stream") is True and kwargs.get("complete_response") is True and not is_own_call(kwargs):
+            del kwargs["complete_response"]
+            attempt.complete = True
+        if not (kwargs.get("num_retries") or litellm.num_retries):
+            dictionary = kwargs.get("context_window_fallback_dict")
+            if isinstance(dictionary, Mapping) and dictionary and not _by_router(kwargs):
+                attempt.fallbacks = kwargs.pop("context_window_fallback_dict")
+        if kwargs.get("fallbacks") or litellm.model_fallbacks:
+            _hand_on(kwargs, attempt.trace)
+    if attempt.model_call.stream:
+        attempt.ask_usage()
+
+
+def _by_router(kwargs: Mapping[str, Any]) -> bool:
+    return any(isinstance(kwargs.get(name), Mapping) and "model_group" in kwargs[name] for name in ("metadata",))
+
+
+def _hand_on(kwargs: dict[str, Any], trace: Trace) -> None:
+    metadata = kwargs.get("metadata")
+    kwargs["metadata"] = {**(metadata if isinstance(metadata, Mapping) else {}), KEY: trace}
+
+
+def _whole(stream: Any, kwargs: Mapping[str, Any]) -> Any:
+    """``complete_response=True``: the stream, read and put together as LiteLLM does it."""
+    return litellm.stream_chunk_builder(list(stream), messages=kwargs.get("messages"))
+
+
+# -- many at once, and what is not metered -----------------------------------------------------------------------------
+
+
+def _batch(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def batch(*args: Any, **kwargs: Any) -> Any:
+        vluna = _metering()
+        if vluna is None:
+            return original(*args, **kwargs)
+        try:
+            given, bound, trace = take_identity(kwargs)
+        except VlunaError as error:
+            if vluna.mode == "enforce":
+                raise refusal(error) from None
+            return original(*args, **kwargs)
+        if trace is None:
+            context = current_context() if bound is None else current_context().override(bound)
+            _hand_on(given, Trace(context))
+        return original(*args, **given)
+
+    batch._vluna_original = original  # type: ignore[attr-defined]
+    return batch
+
+
+def _unmetered(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    wrapper: Any
+    if inspect.iscoroutinefunction(original):
+
+        @functools.wraps(original)
+        async def aentry(*args: Any, **kwargs: Any) -> Any:
+            given = _announce(name, kwargs)
+            token = _announced.set(True)
+            try:
+                return await original(*args, **given)
+            finally:
+                _announced.reset(token)
+
+        wrapper = aentry
+    else:
+
+        @functools.wraps(original)
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            given = _announce(name, kwargs)
+            token = _announced.set(True)
+            try:
+                return original(*args, **given)
+            finally:
+                _announced.reset(token)
+
+        wrapper = entry
+    wrapper._vluna_original = original
+    return cast(Callable[..., Any], wrapper)
+
+
+def _announce(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Say that this costs money and is not metered, once for each call however LiteLLM hands it on.
+
+    Raises:
+        ConfigurationError: ``on_unmetered="deny"``, or ``metadata["vluna"]`` is unusable.
+    """
+    vluna = _metering()
+    if vluna is None:
+        return kwargs
+    try:
+        given, bound, _ = take_identity(kwargs)
+        if not _announced.get():
+            vluna.unmetered(f"litellm.{name}", bound)
+        return given
+    except VlunaError as error:
+        if vluna.mode == "enforce":
+            raise refusal(error) from None
+        vluna.internal_error("litellm.unmetered")
+    except Exception:
+        vluna.internal_error("litellm.unmetered")
+    return kwargs
+
+
+def _forked() -> None:
+    global _guard
+    _guard = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

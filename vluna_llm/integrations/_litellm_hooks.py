@@ -1,0 +1,202 @@
+"""The logging hooks of LiteLLM: hints, never the truth. They leave our trace for other callbacks, and settle nothing.
+
+Where LiteLLM is not wrapped (``install=False``) they are all there is: then the hook before an asynchronous call asks
+the gate, and the events after it settle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import VlunaError
+from ._litellm_attempt import current_attempt
+from ._litellm_call import LogicalCall, current_call, refusal
+from ._litellm_entry import METERED
+from ._litellm_metadata import Trace, leave_trace, take_identity, trace_in
+from ._litellm_usage import costs_nothing, ending_of, model_call_of, pending
+
+if TYPE_CHECKING:
+    from ..types import Receipt
+    from ..vluna import Vluna
+
+RECEIPT_SECONDS: Final = 0.5
+"""How long background logging waits for a receipt, so that other callbacks see the amount."""
+_PAUSE_SECONDS: Final = 10.0
+"""After a wait that was in vain the next ones are left out for so long: a gate that is away holds no log up."""
+
+
+class LoggingHooks:
+    """What `VlunaCallback` does as a logger. Mixed into it."""
+
+    vluna: Vluna
+    hooks_only: bool = False
+    _patient_from: float = 0.0
+
+    # -- before the provider is asked --------------------------------------------------------------------------------
+
+    def log_pre_api_call(self, model: Any, messages: Any, kwargs: Any) -> None:
+        """The provider is about to be asked: note by whom, and tell of a call that came past us."""
+        try:
+            if self.vluna.mode == "off" or not isinstance(kwargs, dict):
+                return
+            attempt = current_attempt()
+            if attempt is not None:
+                attempt.asks_provider = True
+                leave_trace(kwargs, attempt.trace)
+            elif current_call() is None and trace_in(kwargs) is None:
+                self._escaped(kwargs)
+        except Exception:
+            self.vluna.internal_error("litellm.pre_call")
+
+    def log_post_api_call(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+        """The provider's own body, where LiteLLM shows it."""
+        try:
+            attempt = current_attempt()
+            if attempt is not None and isinstance(kwargs, dict):
+                attempt.raw = kwargs.get("original_response")
+        except Exception:
+            self.vluna.internal_error("litellm.post_call")
+
+    def _escaped(self, kwargs: Mapping[str, Any]) -> None:
+        name = str(kwargs.get("call_type") or "completion")
+        if METERED.get(name) is None:
+            return
+        how = "installed with install=False" if self.hooks_only else "called by a name bound before VlunaCallback()"
+        try:
+            self.vluna.unmetered(f"litellm.{name} ({how})")
+        except VlunaError:  # it cannot be refused here any more, and is not to pass silently
+            self.vluna.telemetry.emit(
+                "vluna.endpoint.unmetered",
+                "error",
+                {"vluna.endpoint": f"litellm.{name}"},
+                message=f"litellm.{name} ({how}) came past the gate and nobody is billed for it",
+            )
+
+    # -- what it cost, for other callbacks ---------------------------------------------------------------------------
+
+    def logging_hook(self, kwargs: dict[str, Any], result: Any, call_type: str) -> tuple[dict[str, Any], Any]:
+        """In LiteLLM's logging thread: say what the call cost, if the gate says so in time."""
+        try:
+            trace = trace_in(kwargs)
+            if trace is not None and trace.operation is not None:
+                receipt = trace.operation.wait(self._patience(blocking=True))
+                self._show(kwargs, trace, receipt)
+        except Exception:
+            self.vluna.internal_error("litellm.logging_hook")
+        return kwargs, result
+
+    async def async_logging_hook(
+        self, kwargs: dict[str, Any], result: Any, call_type: str
+    ) -> tuple[dict[str, Any], Any]:
+        """In LiteLLM's logging task: the same."""
+        try:
+            trace = trace_in(kwargs)
+            if trace is not None and trace.operation is not None:
+                receipt = await trace.operation.wait_async(self._patience(blocking=False))
+                self._show(kwargs, trace, receipt)
+        except Exception:
+            self.vluna.internal_error("litellm.logging_hook")
+        return kwargs, result
+
+    def _patience(self, *, blocking: bool) -> float:
+        if time.monotonic() < self._patient_from:
+            return 0.0
+        if blocking:
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                return RECEIPT_SECONDS
+            return 0.0  # somebody logs on a loop's own thread: nothing waits there
+        return RECEIPT_SECONDS
+
+    def _show(self, kwargs: dict[str, Any], trace: Trace, receipt: Receipt | None) -> None:
+        if receipt is None:
+            if time.monotonic() >= self._patient_from:
+                self._patient_from = time.monotonic() + _PAUSE_SECONDS
+        else:
+            trace["state"] = receipt.state
+            trace["amount_xusd"] = receipt.amount_xusd
+            trace["charged_xusd"] = receipt.charged_xusd
+        payload = kwargs.get("standard_logging_object")
+        metadata = payload.get("metadata") if isinstance(payload, dict) else None
+        if isinstance(metadata, dict):
+            metadata["vluna"] = dict(trace)
+
+    # -- without wrappers: hooks are all there is --------------------------------------------------------------------
+
+    async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> dict[str, Any] | None:
+        """With ``install=False``: ask the gate, for asynchronous calls.
+
+        Raises:
+            VlunaError: refused; with ``status_code`` 400.
+        """
+        vluna = self.vluna
+        if not self.hooks_only or vluna.mode == "off" or current_call() is not None:
+            return None
+        kind = METERED.get(str(getattr(call_type, "value", call_type)))
+        if kind is None:
+            return None
+        try:
+            given, bound, trace = take_identity(kwargs)
+        except VlunaError as error:
+            if vluna.mode == "enforce":
+                raise refusal(error) from None
+            vluna.internal_error("litellm.identity")
+            return None
+        held = _hooked.get()
+        call = held if held is not None and held.operation is not None and not held.operation.ended else None
+        if call is None:
+            call = LogicalCall(vluna, bound)
+            trace = None
+        await call.aadmit(model_call_of(kind, given))
+        _hooked.set(None if given.get("stream") is True else call)
+        if call.operation is None:
+            return given
+        trace = trace or Trace(call)
+        trace.follow(call.operation)
+        bucket = "metadata" if kind not in ("responses", "anthropic.messages") else "litellm_metadata"
+        metadata = given.get(bucket)
+        given[bucket] = {**(metadata if isinstance(metadata, Mapping) else {}), "vluna": trace}
+        return given
+
+    async def async_log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+        """With ``install=False``: settle what LiteLLM says was answered."""
+        self._settle(kwargs, response_obj)
+
+    async def async_log_failure_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+        """With ``install=False``: LiteLLM says that it failed."""
+        try:
+            call = self._hooked_call(kwargs)
+            if call is not None:
+                call.failed(kwargs.get("exception"))
+        except Exception:
+            self.vluna.internal_error("litellm.failure_event")
+
+    def _settle(self, kwargs: Any, response: Any) -> None:
+        try:
+            call = self._hooked_call(kwargs)
+            if call is None:
+                return
+            kind = METERED.get(str(kwargs.get("call_type")), "chat.completions")
+            if kwargs.get("cache_hit") is True or costs_nothing(response):
+                call.failed(None)
+            elif pending(response) and call.operation is not None:
+                call.operation.park(getattr(response, "id", None))
+            else:
+                call.answered(ending_of(response, model_call_of(kind, kwargs)))
+        except Exception:
+            self.vluna.internal_error("litellm.success_event")
+
+    def _hooked_call(self, kwargs: Any) -> LogicalCall | None:
+        if not self.hooks_only or not isinstance(kwargs, Mapping):
+            return None
+        trace = trace_in(kwargs)
+        owner = trace.owner if trace is not None else None
+        return owner if isinstance(owner, LogicalCall) else None
+
+
+_hooked: ContextVar[LogicalCall | None] = ContextVar("vluna_llm_litellm_hooked", default=None)

@@ -116,7 +116,7 @@ class Settler:
             return
         self._deliver_here(row, due, fresh)
 
-    def _deliver_here(self, row: Row, due: float, fresh: bool = False) -> None:
+    def _deliver_here(self, row: Row, due: float, fresh: bool = False, *, arrives: bool = True) -> None:
         # The clock may have jumped since ``due`` was stored; to look early costs one request.
         delay = min(max(0.0, due - time.time()), LONGEST_WAIT) if due else 0.0
         with self._changed:
@@ -129,7 +129,7 @@ class Settler:
                 fresh=fresh and self._breaker.state(now) == "closed",
                 must=not self._ledger.is_stored(row.operation_id),
             )
-            if offer != "known":
+            if offer != "known" and arrives:
                 self.arrived += 1
                 self._telemetry.gauges.arrived()
             self._changed.notify()
@@ -352,9 +352,9 @@ class Settler:
                 self._staff()
 
     def deliver_here(self, rows: Sequence[Row]) -> None:
-        """Deliver these rows of the journal from here."""
+        """Deliver these rows of the journal from here; they were counted when they came."""
         for row in rows:
-            self._deliver_here(row, row.next_attempt_at)
+            self._deliver_here(row, row.next_attempt_at, arrives=False)
 
     def recall(self) -> None:
         """Rows have come that are or may be in the shared outbox, and are delivered from there."""

@@ -311,6 +311,30 @@ def test_rows_in_memory_are_shared_too(database: str) -> None:
     process.end()
 
 
+def test_what_memory_holds_of_a_journal_in_memory_is_bounded_too(
+    database: str, psql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids that find no room are read back from it, those that were never copied and those that are waited for."""
+    monkeypatch.setattr(copying, "_HELD_IN_MEMORY", 20)
+    monkeypatch.setattr(copying, "_BATCH", 10)
+    monkeypatch.setattr(following, "_HELD_IN_MEMORY", 20)
+    monkeypatch.setattr(rows, "PAGE", 10)
+    process = Process(None, database)
+    process.workers.away = 60.0
+    try:
+        process.add(*(row(f"op-{number}", f"customer-{number % 7}") for number in range(100)))
+        assert len(process.sharing._copying._new) == 20
+        process.sharing.start(process.workers)
+        until(lambda: not process.other.ended([f"op-{number}" for number in range(100)]).missing, "all copied")
+        assert len(process.sharing._following._waiting) <= 30
+        psql.execute("UPDATE vluna_llm_operations SET settlement = 'booked'")
+        until(lambda: process.workers.settled == 100, "all followed")
+        until(lambda: process.sharing.outstanding == 0, "nothing is left")
+        assert process.telemetry.counts["vluna.internal_error"] == 0
+    finally:
+        process.end()
+
+
 # -- the gate is away ------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +499,9 @@ def test_a_database_that_was_set_back_gets_the_rows_again(idle: Process, psql: A
 # -- PostgreSQL is away ----------------------------------------------------------------------------------------------
 
 
+SILENT = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+
+
 class Outage:
     """Nobody may connect to the database, and nobody is."""
 
@@ -515,6 +542,57 @@ def test_an_outage_is_told_once_and_ends(
     until(lambda: process.stage("op-2")[0] == process.stage("op-3")[0] == "shared")
     assert process.telemetry.counts["vluna.outbox.shared_back"] == 1
     assert process.telemetry.counts["vluna.internal_error"] == 0
+
+
+def test_what_comes_back_from_an_outage_has_arrived_once(
+    make_vluna: Callable[..., Vluna], gate: Sandbox, postgres: Any, database: str, tmp_path: Path
+) -> None:
+    """The alarm compares what came with what went: a settlement that changes its way has come before."""
+    vluna = make_vluna(outbox_shared=database, outbox=str(tmp_path))
+
+    def complete(principal: str) -> None:
+        with call_context(principal_id=principal):
+            operation = vluna.begin(ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": []}))
+        assert operation is not None
+        operation.finish(Ending("complete", usage=TokenUsage(10, 5), finished=True))
+
+    complete("ann")
+    assert vluna.flush(10)
+    settler = vluna._running().settler
+    assert settler._sharing is not None
+    held = settler._sharing._copying
+    locker, look = psycopg.connect(database), psycopg.connect(database, autocommit=True)
+    locker.execute("LOCK TABLE vluna_llm_lanes")
+    until(lambda: look.execute(SILENT).fetchone() != (0,), "PostgreSQL is silent")
+    for name in ("bob", "cid", "dee"):
+        complete(name)
+    until(lambda: len(held._new) == 3, "waiting for their turn")
+    assert settler.arrived == 4
+    with Outage(postgres, database):
+        until(lambda: all(gate.booked(name).entries for name in ("bob", "cid", "dee")), "delivered from here")
+        assert settler.arrived == 4
+    locker.close()
+    look.close()
+    assert vluna.flush(10)
+
+
+def test_the_end_does_not_wait_for_a_server_that_is_silent(
+    make_vluna: Callable[..., Vluna], database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is left to deliver: what PostgreSQL owes is an answer about lanes, which run out by themselves."""
+    vluna = make_vluna(outbox_shared=database)
+    with call_context(principal_id="ann"):
+        operation = vluna.begin(ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": []}))
+    assert operation is not None
+    operation.finish(Ending("complete", usage=TokenUsage(10, 5), finished=True))
+    assert vluna.flush(10)
+    with psycopg.connect(database) as locker, psycopg.connect(database, autocommit=True) as look:
+        locker.execute("LOCK TABLE vluna_llm_lanes")
+        until(lambda: look.execute(SILENT).fetchone() != (0,), "PostgreSQL is silent")
+        began = time.monotonic()
+        assert vluna.close(timeout=6.0)
+        assert time.monotonic() - began < 3.0
+    assert "has not answered within 1 s at the end" in caplog.text
 
 
 def test_lanes_that_were_forgotten_in_an_outage_are_free_at_once(

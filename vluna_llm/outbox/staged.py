@@ -1,4 +1,4 @@
-"""Reading a living journal of one's own by stage, through a connection of its own: no caller waits for it."""
+"""Reading a living journal of one's own by stage; what is in a file, through a connection that no caller waits for."""
 
 from __future__ import annotations
 
@@ -22,14 +22,21 @@ def staged(
     Raises:
         sqlite3.Error: the file cannot be read.
     """
-    marks = ", ".join("?" * len(settlements))
     with forks.inside(), contextlib.closing(_connected(path)) as db:
-        found = db.execute(
-            f"SELECT rowid, operation_id FROM operations WHERE rowid > ? AND stage IS ? AND arrived_from IS NULL "  # noqa: S608
-            f"AND route IN ('commit', 'ingest') AND settlement IN ({marks}) ORDER BY rowid LIMIT ?",
-            (after, stage, *settlements, limit),
-        )
-        return [(place, operation_id) for place, operation_id in found.fetchall()]
+        return staged_in(db, stage, settlements, after=after, limit=limit)
+
+
+def staged_in(
+    db: sqlite3.Connection, stage: Stage | None, settlements: Sequence[Settlement], *, after: int, limit: int
+) -> list[tuple[int, str]]:
+    """`staged`, by this connection."""
+    marks = ", ".join("?" * len(settlements))
+    found = db.execute(
+        f"SELECT rowid, operation_id FROM operations WHERE rowid > ? AND stage IS ? AND arrived_from IS NULL "  # noqa: S608
+        f"AND route IN ('commit', 'ingest') AND settlement IN ({marks}) ORDER BY rowid LIMIT ?",
+        (after, stage, *settlements, limit),
+    )
+    return [(place, operation_id) for place, operation_id in found.fetchall()]
 
 
 def _connected(path: Path) -> sqlite3.Connection:

@@ -61,7 +61,7 @@ class Copying:
     def add(self, operation_id: str) -> None:
         """Copy this row, which was never offered."""
         with self._guard:
-            if len(self._new) < _HELD_IN_MEMORY or self._ledger.journal.path is None:
+            if len(self._new) < _HELD_IN_MEMORY:
                 self._new.append(operation_id)
             else:
                 self._more = True

@@ -73,9 +73,8 @@ class Following:
         """PostgreSQL has this row: find out what becomes of it."""
         with self._guard:
             if len(self._waiting) >= _HELD_IN_MEMORY and operation_id not in self._waiting:
-                self._more = self._ledger.journal.path is not None
-                if self._more:
-                    return
+                self._more = True
+                return
             self._waiting[operation_id] = 0.0
             self._pause = _LOOK_EVERY[0]
 
@@ -139,6 +138,8 @@ class Following:
         Raises:
             OutboxUnavailable: PostgreSQL is away.
         """
+        if self._ledger.journal.path is None:
+            return  # callers would wait while it is looked through, and it ends with the process
         page = self._staged.page("shared", PUT_ASIDE, self._followed)
         self._followed = page.after
         for ended in self._shared.ended(page.keys).rows:

@@ -6,11 +6,12 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from ..errors import OutboxUnavailable
 from ..ledger import Ledger
 from ..operation import Settlement
 from ..outbox import Row
 from ..outbox.row import Stage
-from ..outbox.staged import staged
+from ..outbox.staged import staged, staged_in
 from ..telemetry import Telemetry
 
 UNDELIVERED: tuple[Settlement, ...] = ("pending", "sent")
@@ -41,12 +42,14 @@ class StagedRows:
 
     def page(self, stage: Stage | None, settlements: Sequence[Settlement], after: int = 0) -> Page:
         """The commits and ingests in this stage and one of these states, behind this place."""
-        path = self._ledger.journal.path
-        if path is None:
-            return Page([], 0)
+        journal = self._ledger.journal
         try:
-            found = staged(path, stage, settlements, after=after, limit=PAGE)
-        except (OSError, sqlite3.Error):
+            if journal.path is not None:
+                found = staged(journal.path, stage, settlements, after=after, limit=PAGE)
+            else:  # it has one connection, for which callers wait meanwhile
+                with journal.transaction() as db:
+                    found = staged_in(db, stage, settlements, after=after, limit=PAGE)
+        except (OSError, sqlite3.Error, OutboxUnavailable):
             self._telemetry.internal_error("sharing.staged")
             found = []
         return Page([key for _, key in found], found[-1][0] if len(found) == PAGE else 0)

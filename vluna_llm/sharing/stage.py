@@ -34,6 +34,7 @@ TTL = 30.0
 _TIDY_EVERY = 600.0
 _FOLLOW_EVERY = 60.0
 _AWAY = (1.0, 30.0)
+_GOODBYE = 1.0
 
 
 class Sharing:
@@ -60,6 +61,7 @@ class Sharing:
         self._shared = shared
         self._ledger = ledger
         self._telemetry = telemetry
+        self._ttl = ttl
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._workers: Workers | None = None
         self._guard = threading.RLock()
@@ -111,6 +113,8 @@ class Sharing:
 
     def recall(self) -> None:
         """Take charge of the rows that came with the journal of a dead process, and are or may be in PostgreSQL."""
+        if self._ledger.journal.path is None:
+            return  # nothing ever comes to a journal in memory
         self._copying.recall()
         self._following.recall()
         self._wake.set()
@@ -171,11 +175,25 @@ class Sharing:
         return old, new
 
     def stop(self, timeout: float) -> None:
-        """Give the lanes back and end the thread, within ``timeout`` seconds."""
+        """Give the lanes back and end the thread, within ``timeout`` seconds and never more than one.
+
+        Whoever ends waited for the rows before; what is left to do is to give lanes back, and they run out by
+        themselves where PostgreSQL is silent.
+        """
         self._stopping = True
         self._wake.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        if self._thread is None or self._thread is threading.current_thread():
+            return
+        seconds = min(timeout, _GOODBYE)
+        self._thread.join(seconds)
+        if self._thread.is_alive() and self._away_since is None:
+            self._telemetry.emit(
+                "vluna.outbox.shared_away",
+                "warn",
+                {"error.type": "SharedAway"},
+                message=f"PostgreSQL at {self._shared.where} has not answered within {seconds:g} s at the end: the "
+                f"lanes of this host are free for others in at most {self._ttl:g} s",
+            )
 
     # -- the thread ------------------------------------------------------------------------------------------------
 

@@ -355,7 +355,7 @@ def within(context: CallContext) -> Iterator[CallContext]:
 
 
 def enter_context(context: CallContext) -> None:
-    """Let what this context sets win for as long as the running task lives: for hooks of servers, which have no ``with``."""
+    """Let what this context sets win for the rest of the running task: for hooks of servers, which have no ``with``."""
     _current.set(current_context().override(context))
 
 

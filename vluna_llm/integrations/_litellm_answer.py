@@ -1,0 +1,232 @@
+"""What a refusal looks like to a client of the LiteLLM proxy: a status, and an error in OpenAI's shape."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from ..errors import (
+    ConfigurationError,
+    GateDenied,
+    GateError,
+    GateRateLimited,
+    InvalidGateRequest,
+    MissingPrincipal,
+    VlunaError,
+)
+
+log = logging.getLogger("vluna_llm.litellm")
+
+NOBODY_PAYS = (
+    "This key belongs to no customer, so nobody would be billed and the call was not made. The operator of this proxy "
+    'can give the key or its team the metadata {"vluna": {"principal_id": "..."}}, or say in '
+    "VLUNA_LLM_LITELLM_IDENTITY which field of the key names the customer."
+)
+_MISCONFIGURED = (
+    "Billing is not set up for this call, so it was not made. The log of the proxy tells its operator what to change."
+)
+_AWAY = "Billing cannot be asked at the moment, so the call was not made. Try again later."
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The refusal of one request.
+
+    Attributes:
+        status: the HTTP status.
+        kind: why, in one word: the member ``type`` of the error.
+        code: the gate's own code, or the kind again: the member ``code``.
+        message: for the client to read; names nothing of the proxy's inside.
+        retry_after: seconds after which it may be tried again.
+        hints: the gate's hints, as it sent them.
+    """
+
+    status: int
+    kind: str
+    code: str
+    message: str
+    retry_after: int | None = None
+    hints: tuple[dict[str, Any], ...] = ()
+    gate: dict[str, Any] = field(default_factory=dict)
+
+    def details(self) -> dict[str, Any]:
+        """What stands under ``provider_specific_fields.vluna``: the same in every line and on every route."""
+        told: dict[str, Any] = {"reason": self.kind, "code": self.code, "message": self.message, **self.gate}
+        if self.retry_after is not None:
+            told["retry_after"] = self.retry_after
+        told["hints"] = list(self.hints)
+        return told
+
+    def error(self) -> dict[str, Any]:
+        """The member ``error`` of the body."""
+        return {
+            "message": self.message,
+            "type": self.kind,
+            "param": None,
+            "code": self.code,
+            "provider_specific_fields": {"vluna": self.details()},
+        }
+
+    def headers(self) -> dict[str, str]:
+        """``Retry-After`` where there is something to wait for."""
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def answer_to(error: VlunaError) -> Answer:
+    """How a refusal is told to the client of a proxy.
+
+    A denial is the customer's business and is told as the gate put it. What only the operator can mend (a key that
+    names nobody, a setting, a gate that is away) is told without what the operator alone should see.
+    """
+    if isinstance(error, GateDenied):
+        forbidden = error.reason in ("entitlement", "disabled") or error.status == 403
+        return _of_gate(error, 403 if forbidden else 402, error.reason)
+    if isinstance(error, GateRateLimited):
+        seconds = None if error.retry_after is None else max(1, math.ceil(error.retry_after))
+        return _of_gate(error, 429, "rate_limited", seconds)
+    if isinstance(error, InvalidGateRequest):
+        return _of_gate(error, 400, "invalid_request_error")
+    if isinstance(error, MissingPrincipal):
+        return Answer(403, "missing_principal", "missing_principal", NOBODY_PAYS)
+    if getattr(error, "unmetered", False):
+        return Answer(403, "not_metered", "not_metered", str(error))
+    if isinstance(error, ConfigurationError):
+        return Answer(403, "billing_misconfigured", "billing_misconfigured", _MISCONFIGURED)
+    return Answer(503, "billing_unavailable", "billing_unavailable", _AWAY)
+
+
+def _of_gate(error: GateError, status: int, kind: str, retry_after: int | None = None) -> Answer:
+    known = {"status": error.status, "trace_id": error.trace_id, "request_id": error.request_id}
+    return Answer(
+        status,
+        kind,
+        error.code or kind,
+        error.message,
+        retry_after,
+        tuple(hint.as_dict() for hint in error.hints),
+        {name: value for name, value in known.items() if value is not None},
+    )
+
+
+def refused(error: VlunaError) -> Exception:
+    """The exception by which a hook of the proxy refuses; LiteLLM makes the HTTP answer of it."""
+    return _refused_class()(error)
+
+
+@lru_cache(maxsize=1)
+def _refused_class() -> type[Exception]:
+    from litellm.proxy._types import ProxyException
+
+    class Refused(ProxyException):  # type: ignore[misc]
+        """LiteLLM 1.106 answers with what ``to_dict`` gives; 1.83 reads the attributes one by one."""
+
+        def __init__(self, error: VlunaError) -> None:
+            self.answer = answer_to(error)
+            told = self.answer.error()
+            super().__init__(
+                message=told["message"],
+                type=told["type"],
+                param=None,
+                code=self.answer.status,
+                headers=self.answer.headers(),
+                provider_specific_fields=told["provider_specific_fields"],
+            )
+            self.status_code = self.answer.status
+            self.error = error
+
+        def to_dict(self) -> dict[str, Any]:
+            return self.answer.error()
+
+        def __str__(self) -> str:
+            return self.answer.message
+
+    return Refused
+
+
+def refusal_in(error: BaseException | None) -> VlunaError | None:
+    """The refusal of ours that this exception is or came from."""
+    for found in _chain(error):
+        if isinstance(found, VlunaError):
+            return found
+    return None
+
+
+def dress(error: VlunaError) -> None:
+    """Give a refusal the attributes of which LiteLLM makes its HTTP answer, now that nothing will route by them."""
+    answer = answer_to(error)
+    told: Any = error
+    told.status_code, told.message, told.type, told.param = answer.status, answer.message, answer.kind, None
+    told.headers = answer.headers()
+    told.provider_specific_fields = answer.error()["provider_specific_fields"]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        found = waiting.pop(0)
+        if found is None or id(found) in seen or len(seen) > 32:
+            continue
+        seen.add(id(found))
+        yield found
+        waiting += [found.__cause__, found.__context__, getattr(found, "original_exception", None)]
+
+
+Handler = Callable[[Any, Any], Awaitable[Any]]
+
+
+def install_handler() -> bool:
+    """Let the proxy answer our refusals in one shape on every route.
+
+    LiteLLM 1.83 makes a new exception of each and drops the gate's code, on some routes also the hints and
+    ``Retry-After``. Its application keeps a handler for that exception; ours stands before it, speaks where a refusal
+    of ours was the cause, and leaves everything else to the one that was there.
+    """
+    server = sys.modules.get("litellm.proxy.proxy_server")
+    layer = getattr(getattr(server, "app", None), "middleware_stack", None)
+    while layer is not None and not hasattr(layer, "_exception_handlers"):
+        layer = getattr(layer, "app", None)
+    if layer is None:
+        return False
+    from litellm.proxy._types import ProxyException
+
+    theirs = layer._exception_handlers.get(ProxyException)
+    if theirs is None:
+        return False
+    if not getattr(theirs, "vluna", False):
+        layer.add_exception_handler(ProxyException, _before(theirs))
+    return True
+
+
+def _before(theirs: Handler) -> Handler:
+    async def handler(request: Any, exc: Any) -> Any:
+        try:
+            answer = _answer_behind(exc)
+        except Exception:
+            log.exception("the answer to a refused request is LiteLLM's own")
+            answer = None
+        if answer is None:
+            return await theirs(request, exc)
+        from starlette.responses import JSONResponse
+
+        headers = {**(getattr(exc, "headers", None) or {}), **answer.headers()}
+        return JSONResponse({"error": answer.error()}, status_code=answer.status, headers=headers)
+
+    handler.vluna = True  # type: ignore[attr-defined]
+    return handler
+
+
+def _answer_behind(exc: BaseException) -> Answer | None:
+    """The refusal that this exception tells; None where it tells of something else that came after one."""
+    for found in _chain(exc):
+        answer = getattr(found, "answer", None)
+        if not isinstance(answer, Answer) and isinstance(found, VlunaError):
+            answer = answer_to(found)
+        if isinstance(answer, Answer):
+            return answer if getattr(exc, "message", None) in (answer.message, str(found)) else None
+    return None

@@ -36,8 +36,8 @@ class Recorded:
 class Upstream(Provider):
     """The server; ``behaviour`` is as `provider.Provider` has it, for Anthropic's Messages, too.
 
-    ``no_usage`` leaves usage out of Anthropic's answers, which the real one never does. ``old_delta`` has only
-    ``output_tokens`` in ``message_delta``, as older models do; ``thinking`` has thinking in the answer.
+    ``no_usage`` leaves usage out of Anthropic's answers, which the real one never does; ``old_delta`` has only
+    ``output_tokens`` in ``message_delta``, as older models do; ``thinking`` puts thinking before the answer.
     """
 
     def __init__(self) -> None:

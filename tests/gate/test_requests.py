@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vluna_llm.errors import ConfigurationError
-from vluna_llm.gate import BatchCommit, GateRequest, MeterLine
+from vluna_llm.gate import BatchCommit, GateRequest, MeterLine, queries
 from vluna_llm.gate import requests as ask
 from vluna_llm.types import Lease
 
@@ -158,7 +158,10 @@ def test_batch_items_carry_their_own_keys() -> None:
 
 def test_empty_filters_are_left_out() -> None:
     """A query says only what was asked."""
-    assert ask.limits_request(principal_id="c", expand=()).path == "/gate/limits"
-    assert ask.wallet_balance_request(principal_id="c").path == "/wallet/balance"
-    assert ask.rating_request(principal_id="c", rating_id="a/b?c").path == "/ops/ratings/a%2Fb%3Fc?expand=rated_records"
-    assert ask.rating_request(principal_id="c", rating_id=UUID).admin
+    assert queries.limits_request(principal_id="c", expand=()).path == "/gate/limits"
+    assert queries.wallet_balance_request(principal_id="c").path == "/wallet/balance"
+    assert (
+        queries.rating_request(principal_id="c", rating_id="a/b?c").path
+        == "/ops/ratings/a%2Fb%3Fc?expand=rated_records"
+    )
+    assert queries.rating_request(principal_id="c", rating_id=UUID).admin

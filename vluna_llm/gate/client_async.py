@@ -18,7 +18,7 @@ import httpx
 
 from ..errors import GateUnavailable
 from ..types import Lease
-from . import answers
+from . import answers, queries
 from . import requests as ask
 from .core import AUTHORIZE_DEADLINE, DEFAULT_TIMEOUT, GateCore, Timeout, unavailable
 from .credentials import GateCredentials
@@ -343,7 +343,7 @@ class AsyncGateClient(GateCore):
         traceparent: str | None = None,
     ) -> Listing[FeatureLimits]:
         """Quotas and rates with their windows: where the reset time of a used-up quota is found."""
-        request = ask.limits_request(
+        request = queries.limits_request(
             principal_id=principal_id,
             user_id=user_id,
             feature_code=feature_code,
@@ -373,7 +373,7 @@ class AsyncGateClient(GateCore):
         traceparent: str | None = None,
     ) -> Listing[Meter]:
         """Meters, by default with their prices; ``meter.priced`` is False where one is missing."""
-        request = ask.meters_request(
+        request = queries.meters_request(
             principal_id=principal_id,
             user_id=user_id,
             meter_code=meter_code,
@@ -400,7 +400,9 @@ class AsyncGateClient(GateCore):
         traceparent: str | None = None,
     ) -> WalletBalance:
         """Credit of one (principal, user): read ``spendable_xusd``, not ``balances``."""
-        request = ask.wallet_balance_request(principal_id=principal_id, user_id=user_id, refresh_grants=refresh_grants)
+        request = queries.wallet_balance_request(
+            principal_id=principal_id, user_id=user_id, refresh_grants=refresh_grants
+        )
         return answers.parse_wallet_balance(
             await self.send(request, timeout=timeout, request_id=request_id, traceparent=traceparent), now=self.clock()
         )
@@ -427,7 +429,7 @@ class AsyncGateClient(GateCore):
         traceparent: str | None = None,
     ) -> Listing[Rating]:
         """What the gate recorded, charged or not; narrow the time window instead of paging."""
-        request = ask.ratings_request(
+        request = queries.ratings_request(
             principal_id=principal_id,
             user_id=user_id,
             source_ref=source_ref,
@@ -459,7 +461,7 @@ class AsyncGateClient(GateCore):
         traceparent: str | None = None,
     ) -> Rating | None:
         """One recorded commit or ingest by its commit id; None where the gate has none."""
-        request = ask.rating_request(principal_id=principal_id, rating_id=rating_id, user_id=user_id, lines=lines)
+        request = queries.rating_request(principal_id=principal_id, rating_id=rating_id, user_id=user_id, lines=lines)
         return answers.parse_rating(
             await self.send(request, timeout=timeout, request_id=request_id, traceparent=traceparent), now=self.clock()
         )
@@ -478,7 +480,7 @@ class AsyncGateClient(GateCore):
         traceparent: str | None = None,
     ) -> Listing[Allocation]:
         """What was really charged; no allocation of a rating means that nothing was."""
-        request = ask.allocations_request(
+        request = queries.allocations_request(
             principal_id=principal_id,
             user_id=user_id,
             rating_id=rating_id,

@@ -445,6 +445,9 @@ class World:
         ends["boundaries"] += self.kernel.boundaries
         for rating in self.gate.sandbox._store.ratings.rows.values():
             ends[f"{rating.kind} {'applied' if rating.applied else 'quarantined'}"] += 1
+            if rating.kind == "ingest" and any(not line.priced for line in rating.lines):
+                some = any(line.priced for line in rating.lines)
+                ends[f"ingest booked {'in part' if some else 'wholly'} as 0"] += 1
         for row in self.rows():
             ends[f"row {row.state.settlement}"] += 1
         for process in self.processes:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import litellm
+
 from ..context import CallContext, current_context
 from ..errors import VlunaError
 from ..lifecycle import ModelCall
@@ -110,7 +112,7 @@ class Route:
                     given.update({name: value for name, value in part.items() if name != "model"})
             given["model"] = deployment["litellm_params"]["model"]
             given["model_info"] = deployment.get("model_info")
-            if "*" in given["model"] or any(given.get(name) for name in _MOCKS):
+            if any(given.get(name) for name in _MOCKS) or not _names_a_model(given["model"]):
                 return None
             self.planned = model_call_of(self.kind, given)
             return self.planned
@@ -170,6 +172,12 @@ class Route:
         except Exception:
             call.vluna.internal_error("litellm.router.answered")
         return result
+
+
+def _names_a_model(name: str) -> bool:
+    """A pattern names none, nor does the place where a prompt is kept (``langfuse/...``)."""
+    kept_prompts = getattr(litellm, "_known_custom_logger_compatible_callbacks", ())
+    return "*" not in name and name.partition("/")[0] not in (*kept_prompts, "litellm_agent")
 
 
 _route: ContextVar[Route | None] = ContextVar("vluna_llm_litellm_route", default=None)

@@ -1,0 +1,103 @@
+"""Two deployments on two providers of ours, and one way to call a Router in both colours."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+
+import litellm
+from books import MESSAGES, MODEL
+from provider import Provider
+
+NEW = hasattr(litellm.Router, "_aresponses_streaming_iterator")
+"""The line of 1.106: it continues broken streams of every API by a fallback."""
+
+SETTINGS: dict[str, Any] = {"num_retries": 2, "retry_after": 0, "allowed_fails": 0, "cooldown_time": 60}
+"""What makes a Router quick to retry, to fall back and to cool down."""
+
+
+class Pair:
+    """Two providers."""
+
+    def __init__(self, first: Provider, second: Provider) -> None:
+        self.first = first
+        self.second = second
+
+    def fresh(self) -> Pair:
+        """Well-behaved, with nothing asked of them yet."""
+        for provider in (self.first, self.second):
+            provider.behaviour = "ok"
+            provider.pause = 0.02
+            provider.requests.clear()
+            provider.flaked.clear()
+            provider.responses.clear()
+            provider.released.set()
+            provider.released.clear()
+        return self
+
+    @property
+    def asked(self) -> tuple[int, int]:
+        """How often each of them was asked."""
+        return len(self.first.posts()), len(self.second.posts())
+
+    def group(self, name: str = "chat", model: str = f"openai/{MODEL}", **params: Any) -> list[dict[str, Any]]:
+        """A group of two deployments that sell the same."""
+        return [deployment(self.first, name, model, **params), deployment(self.second, name, model, **params)]
+
+
+def deployment(provider: Provider, name: str = "chat", model: str = f"openai/{MODEL}", **params: Any) -> dict[str, Any]:
+    """An entry of a ``model_list``."""
+    given = {"model": model, "api_key": "sk-test", "api_base": provider.base_url, "max_retries": 0, **params}
+    return {"model_name": name, "litellm_params": given}
+
+
+@contextmanager
+def two_providers() -> Iterator[Pair]:
+    """For a fixture of a module."""
+    with Provider() as first, Provider() as second:
+        yield Pair(first, second)
+
+
+def router(deployments: list[dict[str, Any]], **settings: Any) -> Any:
+    """A Router over them."""
+    return litellm.Router(model_list=deployments, **{**SETTINGS, **settings})
+
+
+def run(work: Callable[[], Any]) -> Any:
+    """The result, awaited in a loop of its own where it has to be."""
+
+    async def main() -> Any:
+        return await work()
+
+    return asyncio.run(main())
+
+
+def call(target: Any, name: str, *, is_async: bool, stream: bool = False, **arguments: Any) -> Any:
+    """Call the Router's method of this name (``completion`` or, async, ``acompletion``) and read the answer to its end."""
+    if stream:
+        arguments["stream"] = True
+    if not is_async:
+        answer = getattr(target, name)(**arguments)
+        return list(answer) if stream else answer
+
+    async def main() -> Any:
+        answer = await getattr(target, f"a{name}")(**arguments)
+        return [item async for item in answer] if stream else answer
+
+    return asyncio.run(main())
+
+
+def chat(target: Any, *, is_async: bool, stream: bool = False, group: str = "chat", **more: Any) -> Any:
+    """A chat with this group."""
+    return call(target, "completion", is_async=is_async, stream=stream, model=group, messages=MESSAGES, **more)
+
+
+def healthy(target: Any, group: str = "chat") -> int:
+    """How many deployments of the group the Router would choose from now."""
+    found, _ = target._get_healthy_deployments(model=group, parent_otel_span=None)
+    return len(found)

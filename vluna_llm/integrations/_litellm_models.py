@@ -36,8 +36,6 @@ _WORDS: Final[Mapping[str, str]] = {
     "gemini": "google",
     "ollama_chat": "ollama",
     "openai_like": "openai",
-    "sagemaker_chat": "sagemaker",
-    "sagemaker_nova": "sagemaker",
     "text-completion-codestral": "mistral",
     "text-completion-openai": "openai",
     "together_ai": "together",

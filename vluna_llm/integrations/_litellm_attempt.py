@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import litellm
 
-from ..context import CallContext
+from ..context import CallContext, current_context
 from ..errors import ConfigurationError, VlunaError
 from ..slot import Slot, inside
 from ._litellm_ask import ask_usage, is_refused, remember_refusal
@@ -327,7 +327,10 @@ def _opened(
         attempt.parent = around
     if call is None or not _belongs(attempt, call):
         attempt.outermost = True
-        attempt.call = LogicalCall(vluna, bound if call is None or bound is not None else call.bound)
+        kind_of_call = LogicalCall if call is None else type(call)  # what nobody pays for stays so
+        # Who pays is captured here: LiteLLM may go on in a thread that knows nothing of the caller's context.
+        payer = bound if call is None or bound is not None else call.bound
+        attempt.call = kind_of_call(vluna, current_context().override(payer or CallContext()))
     else:
         attempt.call = call
     return attempt
@@ -340,10 +343,7 @@ def _belongs(attempt: Attempt, call: LogicalCall) -> bool:
     around = attempt.parent
     if around is None or around.failed_inside:
         return True
-    if around.asks_provider:
-        return False
-    operation = call.operation
-    return operation is None or _feature(call, attempt) == _feature(call, around)
+    return call.operation is None or _feature(call, attempt) == _feature(call, around)
 
 
 def _feature(call: LogicalCall, attempt: Attempt) -> str | None:

@@ -22,6 +22,7 @@ from ..ending import Ending
 from ..lifecycle import ModelCall
 from ..tap import DRAIN_SECONDS, note_open
 from ._litellm_call import LogicalCall
+from ._litellm_ends import tell_end
 from ._litellm_usage import ChunkReader, ending_of
 
 _MANY: Final = 1 << 40
@@ -56,13 +57,15 @@ class Site:
     """Where a stream is observed: who is told, for which call, and how the response below a late stream is observed.
 
     Attributes:
-        adopt: observes the response below a stream that was just made; False where there is none.
+        adopt: observes the response below a stream that was just made, for the stream that the consumer reads; False
+            where there is none.
     """
 
     sink: Sink
     call: LogicalCall
     model_call: ModelCall
-    adopt: Callable[[Any], bool]
+    is_async: bool
+    adopt: Callable[[Any, Any], bool]
 
     def watch(self, *, asked: bool) -> ItemWatch:
         """A watch over items."""
@@ -80,10 +83,11 @@ def observe(response: Any, site: Site) -> Any:
     late = getattr(holder, "make_call", None)
     source = getattr(holder, "completion_stream", None)
     if source is None and late is not None:
-        holder.make_call = LateCall(late, site)
+        holder.make_call = LateCall(late, site, holder)
     elif source is not None:
         kind = Items if hasattr(source, "__aiter__") else SyncItems
-        holder.completion_stream = kind(source, site)
+        holder.completion_stream = items = kind(source, site)
+        tell_end(holder, items._watch, items, is_async=site.is_async)
     elif isinstance(response, AsyncGeneratorType):
         return _relay_async(Items(response, site))
     elif isinstance(response, GeneratorType):
@@ -202,7 +206,7 @@ class _Observed:
 
     def _made(self, stream: Any) -> None:
         """LiteLLM has made a stream inside this one: what is below it is observed instead of the items."""
-        if not self._watch.told and self._site.adopt(stream):
+        if not self._watch.told and self._site.adopt(stream, stream):
             self._watch.told = True
 
     def close(self) -> None:
@@ -314,9 +318,10 @@ async def _relay_async(items: Items) -> AsyncIterator[Any]:
 class LateCall:
     """Stands for ``make_call`` of LiteLLM's stream, by which the provider is asked at the first read."""
 
-    def __init__(self, make_call: Callable[..., Any], site: Site) -> None:
+    def __init__(self, make_call: Callable[..., Any], site: Site, stream: Any) -> None:
         self._make_call = make_call
         self._site = site
+        self._stream = weakref.ref(stream)
         self._watch = site.watch(asked=False)
         watch_collector()
         weakref.finalize(self, self._watch.forgotten).atexit = False
@@ -343,11 +348,14 @@ class LateCall:
     def _observed(self, stream: Any) -> Any:
         self._watch.told = True  # from here on it is told by who observes the stream
         try:
-            if self._site.adopt(stream):
+            holder = self._stream()
+            if self._site.adopt(stream, holder):
                 return stream
             kind = Items if hasattr(stream, "__aiter__") else SyncItems
             items = kind(stream, self._site)
             items._watch.asked = True
+            if holder is not None:
+                tell_end(holder, items._watch, items, is_async=self._site.is_async)
             return items
         except Exception:
             self._watch.report("litellm.make_call")

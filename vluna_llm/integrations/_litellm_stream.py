@@ -23,6 +23,7 @@ from ..usage import StreamReader, read_body
 from ._litellm_ask import ask_usage, is_refused, remember_refusal
 from ._litellm_aws import AwsReader
 from ._litellm_call import LogicalCall
+from ._litellm_ends import tell_end
 from ._litellm_items import Site, observe, whole_answer
 from ._litellm_usage import costs_nothing
 
@@ -142,31 +143,35 @@ def _watch(response: Any, call: LogicalCall, bill: Bill, model_call: ModelCall, 
     if known is not None:
         bill.finish(known)
         return response
-    http = open_response(response)
+    site = Site(bill, call, model_call, is_async, lambda made, stream: _tap_below(made, stream, call, bill, is_async))
+    return response if site.adopt(response, response) else observe(response, site)
+
+
+def _tap_below(made: Any, stream: Any, call: LogicalCall, bill: Bill, is_async: bool) -> bool:
+    """Observe the response below ``made``; False where there is none yet. The consumer reads ``stream``."""
+    _let_go(stream)
+    http = open_response(made)
     if http is None:
-        return observe(response, Site(bill, call, model_call, lambda stream: _tap_below(stream, call, bill, is_async)))
-    _tap(http, call, bill, is_async)
-    _closable(response, http)
-    return response
+        return False
+    if _tap(http, call, bill, is_async):
+        tell_end(stream, http.stream._watch, http, is_async=is_async)
+    return True
 
 
-def _tap_below(stream: Any, call: LogicalCall, bill: Bill, is_async: bool) -> bool:
-    """Observe the response below a stream that was made late; False where there is none."""
-    http = open_response(stream)
-    if http is not None:
-        _tap(http, call, bill, is_async)
-    return http is not None
-
-
-def _tap(http: Any, call: LogicalCall, bill: Bill, is_async: bool) -> None:
-    url = str(http.request.url.path)
+def _tap(http: Any, call: LogicalCall, bill: Bill, is_async: bool) -> bool:
+    """Put the observing stream below this response; False where it was read already, and is settled by what it is."""
+    request = getattr(http, "_request", None)
+    url = str(request.url.path) if request is not None else ""
     content_type = http.headers.get("content-type") or ""
     if http.is_closed or http.is_stream_consumed:
         bill.finish(_read_already(http, url, content_type))
-        return
+        return False
     reader = AwsReader(url) if content_type.startswith(_AWS) else StreamReader(url, content_type or None)
     report = call.vluna.internal_error
+    if not hasattr(http.stream, "__iter__") or not hasattr(http.stream, "__aiter__"):
+        is_async = hasattr(http.stream, "__aiter__")  # an async function of LiteLLM may have asked in a thread
     tap(http, bill, url=url, hide_usage_chunk=False, report=report, is_async=is_async, reader=reader)
+    return True
 
 
 def _read_already(http: Any, url: str, content_type: str) -> Ending:
@@ -197,15 +202,21 @@ def _is_free(response: Any) -> bool:
     )
 
 
-def _closable(response: Any, http: Any) -> None:
-    """Let ``aclose`` of LiteLLM's stream reach the response where its own iterator has no way to close (1.83)."""
-    source = getattr(response, "completion_stream", None)
-    if source is None or hasattr(source, "aclose") or hasattr(source, "close") or not hasattr(http.stream, "aclose"):
+def _let_go(stream: Any) -> None:
+    """Make LiteLLM forget the stream where it keeps its latest one for ever: the consumer alone is to hold it.
+
+    That is ``litellm.error_logs`` of 1.83, which nothing reads. A stream that is held there is never collected, and
+    that it was left is never noticed.
+    """
+    import litellm
+
+    kept = getattr(litellm, "error_logs", None)
+    log = getattr(stream, "logging_obj", None)
+    if not kept or log is None:
         return
-    try:
-        source.aclose = http.aclose
-    except AttributeError:
-        pass
+    for name in ("PRE_CALL", "POST_CALL"):
+        if isinstance(entry := kept.get(name), dict) and entry.get("self") is log:
+            kept.pop(name, None)
 
 
 def open_response(found: Any) -> Any:

@@ -12,7 +12,8 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 import litellm
 from books import MESSAGES, MODEL
-from provider import Provider
+from provider import Provider, _data
+from upstream import Upstream, _UpstreamHandler
 
 NEW = hasattr(litellm.Router, "_aresponses_streaming_iterator")
 """The line of 1.106: it continues broken streams of every API by a fallback."""
@@ -21,10 +22,41 @@ SETTINGS: dict[str, Any] = {"num_retries": 2, "retry_after": 0, "allowed_fails":
 """What makes a Router quick to retry, to fall back and to cool down."""
 
 
+class Early(Upstream):
+    """An upstream with one more misbehaviour: ``error_first``, an error event before any content."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._server.RequestHandlerClass = type("Handler", (_EarlyHandler,), {"owner": self})
+
+
+class _EarlyHandler(_UpstreamHandler):
+    def _chat_events(self, body: dict[str, Any], model: str) -> Iterator[str]:
+        if self.owner.behaviour == "error_first":
+            yield _data({"error": {"message": "overloaded", "type": "server_error", "code": None}})
+        yield from super()._chat_events(body, model)
+
+    def _response_events(self, body: dict[str, Any], response_id: str) -> Iterator[str]:
+        for event in super()._response_events(body, response_id):
+            yield event
+            if self.owner.behaviour == "error_first":
+                error = {"message": "overloaded", "type": "server_error", "code": "server_error"}
+                yield "event: error\n" + _data({"type": "error", "sequence_number": 2, "error": error, **error})
+                return
+
+    def _message_events(self, body: dict[str, Any]) -> Iterator[str]:
+        for event in super()._message_events(body):
+            yield event
+            if self.owner.behaviour == "error_first":
+                error = {"type": "overloaded_error", "message": "Overloaded"}
+                yield "event: error\n" + _data({"type": "error", "error": error})
+                return
+
+
 class Pair:
     """Two providers."""
 
-    def __init__(self, first: Provider, second: Provider) -> None:
+    def __init__(self, first: Upstream, second: Upstream) -> None:
         self.first = first
         self.second = second
 
@@ -59,8 +91,14 @@ def deployment(provider: Provider, name: str = "chat", model: str = f"openai/{MO
 @contextmanager
 def two_providers() -> Iterator[Pair]:
     """For a fixture of a module."""
-    with Provider() as first, Provider() as second:
+    with Early() as first, Early() as second:
         yield Pair(first, second)
+
+
+def claude(provider: Upstream, name: str = "chat", model: str = "claude-sonnet-5", **params: Any) -> dict[str, Any]:
+    """An entry of a ``model_list`` that speaks Anthropic's Messages."""
+    given = {"model": f"anthropic/{model}", "api_key": "sk-test", "api_base": provider.anthropic_base, **params}
+    return {"model_name": name, "litellm_params": given}
 
 
 def router(deployments: list[dict[str, Any]], **settings: Any) -> Any:
@@ -78,7 +116,7 @@ def run(work: Callable[[], Any]) -> Any:
 
 
 def call(target: Any, name: str, *, is_async: bool, stream: bool = False, **arguments: Any) -> Any:
-    """Call the Router's method of this name (``completion`` or, async, ``acompletion``) and read the answer to its end."""
+    """Call the Router's method of this name (an ``a`` before it where async) and read the answer to its end."""
     if stream:
         arguments["stream"] = True
     if not is_async:

@@ -57,7 +57,7 @@ class Route:
         used: something was tried in it, or another method has taken the logical call over.
     """
 
-    __slots__ = ("_attempts", "call", "is_async", "kind", "owned", "planned", "used")
+    __slots__ = ("_attempts", "_within", "call", "is_async", "kind", "owned", "planned", "used")
 
     def __init__(self, call: LogicalCall | None, kind: str, *, is_async: bool, owned: bool = True) -> None:
         self.call = call
@@ -66,12 +66,19 @@ class Route:
         self.owned = owned
         self.planned: ModelCall | None = None
         self.used = False
+        self._within = 0
         self._attempts = 0 if call is None else call.attempts
+
+    @property
+    def over(self) -> bool:
+        """Whether the method has returned: LiteLLM's background tasks go on in copies of its context."""
+        return not self._within
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """What runs in the ``with`` belongs to this call."""
         token = _route.set(self)
+        self._within += 1
         call = self.call
         try:
             if call is None:
@@ -84,6 +91,7 @@ class Route:
             finally:
                 call.driver = before
         finally:
+            self._within -= 1
             try:
                 _route.reset(token)
             except ValueError:
@@ -185,7 +193,8 @@ _route: ContextVar[Route | None] = ContextVar("vluna_llm_litellm_route", default
 
 def current_route() -> Route | None:
     """The call of a Router's method around the running code."""
-    return _route.get()
+    route = _route.get()
+    return None if route is None or route.over else route
 
 
 def open_route(

@@ -20,7 +20,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Final
 
 import litellm
@@ -121,6 +121,7 @@ def install_router(open_call: OpenCall) -> None:
     _patch(router, "make_call", _attempt)
     for name in ("async_get_available_deployment", "get_available_deployment"):
         _patch(router, name, _choice)
+    _patch(router, "abatch_completion_fastest_response", _race)
     for name in _CONTINUED:
         _patch(router, name, _keeping)
     _patch(router, "_completion_streaming_iterator", _carrying)
@@ -202,6 +203,7 @@ def _entry(
                     return route.answered(await original(self, *args, **kwargs))
                 except Refused as refused:
                     error: BaseException = refused.error
+                    _race_refused(refused.error)
                 except BaseException as failure:
                     error = failure
                 route.failed(error)
@@ -228,6 +230,36 @@ def _entry(
 
 def _fixed_kind(kind: str, kwargs: Mapping[str, Any]) -> str:
     return kind
+
+
+def _race(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Several calls at once, of which the first answer counts. Where there is none, LiteLLM does not say why."""
+
+    async def race(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refusals: list[VlunaError] = []
+        token = _refusals.set(refusals)
+        try:
+            return await original(self, *args, **kwargs)
+        except Exception:
+            if not refusals:
+                raise
+        finally:
+            try:
+                _refusals.reset(token)
+            except ValueError:
+                pass  # closed in another task than it was called in, which never saw it
+        raise refusals[0]
+
+    return race
+
+
+def _race_refused(error: VlunaError) -> None:
+    refusals = _refusals.get()
+    if refusals is not None:
+        refusals.append(error)
+
+
+_refusals: ContextVar[list[VlunaError] | None] = ContextVar("vluna_llm_litellm_refusals", default=None)
 
 
 def _generic_kind(kwargs: Mapping[str, Any]) -> str:

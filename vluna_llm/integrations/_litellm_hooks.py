@@ -103,8 +103,8 @@ class LoggingHooks:
         return kwargs, result
 
     def _patience(self, *, blocking: bool) -> float:
-        if time.monotonic() < self._patient_from:
-            return 0.0
+        if self.hooks_only or time.monotonic() < self._patient_from:
+            return 0.0  # without wrappers it is the event after this one that settles
         if blocking:
             try:
                 asyncio.get_running_loop()
@@ -115,7 +115,7 @@ class LoggingHooks:
 
     def _show(self, kwargs: dict[str, Any], trace: Trace, receipt: Receipt | None) -> None:
         if receipt is None:
-            if time.monotonic() >= self._patient_from:
+            if not self.hooks_only and time.monotonic() >= self._patient_from:
                 self._patient_from = time.monotonic() + _PAUSE_SECONDS
         else:
             trace["state"] = receipt.state

@@ -281,10 +281,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({**head, "choices": [choice], "usage": self._chat_usage()})
 
         def events() -> Iterator[str]:
-            for word in ("a ", "b ", "c "):
+            for index, word in enumerate(("a ", "b ", "c ")):
+                yield from self._misbehave(index)
                 yield _data({**head, "choices": [{**choice, "text": word, "finish_reason": None}]})
             yield _data({**head, "choices": [{**choice, "text": ""}]})
-            if (body.get("stream_options") or {}).get("include_usage"):
+            if (body.get("stream_options") or {}).get("include_usage") and self.owner.behaviour != "no_usage":
                 yield _data({**head, "choices": [], "usage": self._chat_usage()})
             yield "data: [DONE]\n\n"
 

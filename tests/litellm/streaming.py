@@ -108,7 +108,7 @@ def run(api: Api, reading: Reading, provider: Provider, *, is_async: bool, **mor
     return asyncio.run(main())
 
 
-def settled(vluna: Vluna, books: Books, work: Callable[[], Any], *, seconds: float = 10.0) -> Scope:
+def settled(vluna: Vluna, books: Books, work: Callable[[], Any], *, seconds: float = 30.0) -> Scope:
     """Run it for the customer; collect garbage until it is settled, since LiteLLM's threads hold on to streams."""
     with call_context(principal_id=books.customer) as scope:
         work()
@@ -117,7 +117,7 @@ def settled(vluna: Vluna, books: Books, work: Callable[[], Any], *, seconds: flo
     return scope
 
 
-def collected(scope: Scope, seconds: float = 10.0) -> None:
+def collected(scope: Scope, seconds: float = 30.0) -> None:
     """Collect garbage until nothing is pending."""
     deadline = time.monotonic() + seconds
     while not scope.wait(0.05):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..context import CallContext, within
 from ..ending import Ending
@@ -158,12 +158,32 @@ class LogicalCall:
 
 
 _current: ContextVar[LogicalCall | None] = ContextVar("vluna_llm_litellm_call", default=None)
+_request: ContextVar[LogicalCall | None] = ContextVar("vluna_llm_litellm_request", default=None)
+_ATTRIBUTE = "vluna_call"
 
 
 def current_call() -> LogicalCall | None:
     """The logical call around the running code; None where it is over (LiteLLM logs in copies of its context)."""
     call = _current.get()
     return None if call is None or call.over else call
+
+
+def current_request() -> LogicalCall | None:
+    """The logical call of the proxy's request around the running code, also where it is over."""
+    return _request.get()
+
+
+def call_for(kwargs: Mapping[str, Any]) -> LogicalCall | None:
+    """The logical call that a call of LiteLLM's with these arguments is an attempt at; None where it is one of its own.
+
+    The call of a proxy's request travels with the request's logging object: what else the request asks of a model (a
+    guardrail's judge, at the same time) is no attempt at it.
+    """
+    call = current_call()
+    if call is None:
+        found = getattr(kwargs.get("litellm_logging_obj"), _ATTRIBUTE, None)
+        call = found if isinstance(found, LogicalCall) and not found.over else None
+    return call
 
 
 def family_of(kind: str) -> str:
@@ -174,6 +194,26 @@ def family_of(kind: str) -> str:
 def enter_call(call: LogicalCall) -> None:
     """Make it the logical call of this task, for as long as the task lives: a proxy's hooks have no ``with``."""
     _current.set(call)
+
+
+def enter_request(call: LogicalCall, logging_obj: Any) -> None:
+    """Make it the logical call of a proxy's request.
+
+    Args:
+        call: made for the request.
+        logging_obj: LiteLLM's logging object of the request; where it has none yet, whatever its task does first is it.
+    """
+    _request.set(call)
+    if logging_obj is None:
+        enter_call(call)
+    else:
+        setattr(logging_obj, _ATTRIBUTE, call)
+
+
+def request_of(data: Mapping[str, Any]) -> LogicalCall | None:
+    """The logical call of the request that a proxy's hook is given."""
+    call = getattr(data.get("litellm_logging_obj"), _ATTRIBUTE, None)
+    return call if isinstance(call, LogicalCall) else _request.get()
 
 
 @contextmanager

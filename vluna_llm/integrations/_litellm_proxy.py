@@ -1,9 +1,8 @@
 """The hooks of the LiteLLM proxy: who pays, refusal before the provider is called, and the end of each request.
 
-A request is one `LogicalCall`, made in the pre-call hook and reached from there by the task's context; where LiteLLM
-goes on in another context, it hangs at the request's logging object. Usage is told by the wrapped functions below
-(`_litellm_entry`), which find the call around them; here only what they cannot see: that the client has gone, and that
-the request as a whole is over.
+A request is one `LogicalCall`, made in the pre-call hook and handed on with LiteLLM's own logging object of the
+request. Usage is told by the wrapped functions below (`_litellm_entry`), which find the call there; here only what they
+cannot see: that the client has gone, and that the request as a whole is over.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import asyncio
 import sys
 import weakref
 from collections.abc import AsyncGenerator, Mapping
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 from ..context import CallContext, enter_context
@@ -22,7 +20,7 @@ from ..lifecycle import ModelCall
 from ..slot import Slot
 from ..tap import INLINE_SECONDS
 from ._litellm_answer import dress, install_handler, log, refusal_in, refused
-from ._litellm_call import LogicalCall, current_call, enter_call
+from ._litellm_call import LogicalCall, current_request, enter_request, request_of
 from ._litellm_entry import METERED, UNMETERED
 from ._litellm_identity import Identity, strip_client_identity
 from ._litellm_models import model_call_of
@@ -101,7 +99,7 @@ class ProxyHooks:
         if kind is None:
             _unmetered(vluna, payer, call_type)
             return
-        earlier = _request.get()
+        earlier = current_request()
         if earlier is not None and earlier.attempts == 0:
             earlier.failed(None)  # the proxy begins anew with another model, since another hook refused the first one
         call = LogicalCall(vluna, payer)
@@ -115,8 +113,8 @@ class ProxyHooks:
     def _refusal(self, error: VlunaError, auth: Any) -> Exception:
         try:
             install_handler()
-            if current_call() is None:  # LiteLLM logs the refused request as if it were a call
-                enter_call(LogicalCall(self.vluna, CallContext()))
+            if current_request() is None:  # LiteLLM logs the refused request as if it were a call
+                enter_request(LogicalCall(self.vluna, CallContext()), None)
             if isinstance(error, MissingPrincipal):
                 named = {name: getattr(auth, name, None) for name in ("key_alias", "team_id", "user_id")}
                 log.warning("a request of the proxy is refused: its key belongs to no customer (%s)", named)
@@ -137,7 +135,7 @@ class ProxyHooks:
     ) -> Any:
         """The request is over and has no answer: what was admitted for it is given back."""
         try:
-            call = _attached(request_data) or _request.get()
+            call = request_of(request_data)
             if call is not None:
                 call.failed(original_exception)
             error = refusal_in(original_exception)
@@ -152,7 +150,7 @@ class ProxyHooks:
         self, user_api_key_dict: Any, response: Any, request_data: dict[str, Any]
     ) -> AsyncGenerator[Any, None]:
         """Hand a stream on as it is, and see that its client leaves it."""
-        call = _attached(request_data) or _request.get()
+        call = request_of(request_data)
         try:
             async for item in response:
                 yield item
@@ -192,7 +190,7 @@ class ProxyHooks:
     ) -> dict[str, str] | None:
         """Name the operation, and what it cost where that is known already (``settle="inline"``)."""
         try:
-            call = _attached(data) or _request.get()
+            call = request_of(data)
             operation = call.operation if call is not None else None
             if operation is None:
                 return None
@@ -255,21 +253,11 @@ def _planned(kind: str, data: Mapping[str, Any]) -> ModelCall | None:
     return None
 
 
-_request: ContextVar[LogicalCall | None] = ContextVar("vluna_llm_litellm_request", default=None)
-
-
 def _enter(call: LogicalCall, payer: CallContext, data: Mapping[str, Any]) -> None:
-    """Make it the call of this request: of its task, and of its logging object, which goes where no context does.
-
-    Whatever else the request asks of a model (a guardrail's judge) is for the same customer. An end that no hook is
-    told of is left to the garbage collector, and charges nothing.
-    """
-    _request.set(call)
-    enter_call(call)
+    """Make it the call of this request. Whatever else the request asks of a model is for the same customer, too; and
+    an end that no hook is told of is left to the garbage collector, and charges nothing."""
+    enter_request(call, data.get("litellm_logging_obj"))
     enter_context(payer)
-    logging_obj = data.get("litellm_logging_obj")
-    if logging_obj is not None:
-        logging_obj.vluna_call = call
     weakref.finalize(call, _forgotten, call.slot).atexit = False
 
 
@@ -277,8 +265,3 @@ def _forgotten(slot: Slot) -> None:
     operation = slot.operation
     if operation is not None and not operation.ended and not slot.claimed:
         operation.abandon(lambda: Ending("error"))
-
-
-def _attached(data: Mapping[str, Any]) -> LogicalCall | None:
-    call = getattr(data.get("litellm_logging_obj"), "vluna_call", None)
-    return call if isinstance(call, LogicalCall) else None

@@ -14,7 +14,7 @@ from ..context import CallContext, current_context
 from ..errors import VlunaError
 from ..lifecycle import ModelCall
 from ._litellm_attempt import is_stream
-from ._litellm_call import LogicalCall, current_call
+from ._litellm_call import LogicalCall, call_for
 from ._litellm_metadata import BUCKETS, strip
 from ._litellm_usage import costs_nothing, ending_of, model_call_of
 
@@ -207,7 +207,7 @@ def open_route(
     Raises:
         ConfigurationError: ``metadata["vluna"]`` is unusable.
     """
-    call, here = current_call(), current_route()
+    call, here = call_for(kwargs), current_route()
     if isinstance(call, Unbilled):
         return None, kwargs
     if not kind:

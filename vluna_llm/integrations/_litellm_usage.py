@@ -31,12 +31,14 @@ from ._litellm_objects import generated_characters, member, plain, said_by
 
 __all__ = [
     "ChunkReader",
+    "answer_shown",
     "chunk_usage",
     "costs_nothing",
     "ending_of",
     "model_call_of",
     "model_of",
     "pending",
+    "spent",
     "usage_of",
 ]
 
@@ -73,7 +75,7 @@ def ending_of(response: Any, model_call: ModelCall, raw: object = None) -> Endin
         raw: the provider's own body, where LiteLLM has shown it (``original_response`` in `log_post_api_call`). What
             it reports is the report; where it is in a shape whose usage we know, and has none, none was reported.
     """
-    said = said_by(response)
+    said = _without_total(said_by(response))
     own = facts_of((said,))
     usage = usage_of(said.get("usage"), model_call)
     body = _read_raw(raw, model_call)
@@ -91,6 +93,37 @@ def ending_of(response: Any, model_call: ModelCall, raw: object = None) -> Endin
         # LiteLLM makes up an id where the provider's was lost.
         response_id=(body.response_id if body is not None else None) or own.response_id,
         model=(body.model if body is not None else None) or own.model,
+    )
+
+
+def answer_shown(shown: object, before: object) -> object:
+    """The provider's answer, of what LiteLLM shows as ``original_response`` one after the other in one call.
+
+    It also shows coroutines, and the text of an exception of its own that came after the answer.
+    """
+    if isinstance(shown, (str, bytes)):
+        begins = shown[:64].lstrip()[:1]
+        return shown if begins in ("{", "[", b"{", b"[") else before
+    return before if shown is None or member(shown, "usage") is None else shown
+
+
+def spent(raw: object, model_call: ModelCall) -> Ending | None:
+    """The ending of a call that LiteLLM failed although the provider had answered; None where nothing shows that.
+
+    LiteLLM cannot make an answer of everything that providers send, and raises then: what was reported was spent
+    (design rule 4). The body of a provider's error reports nothing.
+    """
+    body = _read_raw(raw, model_call)
+    if body is None or body.usage is None:
+        return None
+    return Ending(
+        how="complete",
+        usage=body.usage,
+        finished=True,
+        finish_reason_seen=True,
+        failed=True,
+        response_id=body.response_id,
+        model=body.model,
     )
 
 
@@ -249,6 +282,18 @@ def _without_counting(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     if not _is_converted_anthropic(raw) or not isinstance(details, Mapping) or not details.get("reasoning_tokens"):
         return raw
     return {**raw, "completion_tokens_details": {**details, "reasoning_tokens": None}}
+
+
+def _without_total(said: dict[str, Any]) -> dict[str, Any]:
+    """Take the total out of an Anthropic message: it has none of its own.
+
+    1.83's logging writes one into the caller's answer, maybe before we read it, and leaves the cached tokens out of it
+    (*observed*: input 2, read 11131, written 18, output 88, "total" 90).
+    """
+    usage = said.get("usage")
+    if said.get("type") == "message" and isinstance(usage, dict) and "input_tokens" in usage:
+        usage.pop("total_tokens", None)
+    return said
 
 
 def _both_halves(start: Mapping[str, Any] | None, delta: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -302,6 +303,73 @@ def test_more_rows_than_memory_holds_are_shared_and_followed_all_the_same(
     until(lambda: idle.sharing.outstanding == 0, "nothing is left")
 
 
+class Unreadable:
+    """A journal that cannot be read for a moment: no file descriptor is left, say."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, stage_of: str | None) -> None:
+        self.hits = 0
+        self.broken = True
+        real = rows.staged
+
+        def staged(path: Path, which: Any, *rest: Any, **options: Any) -> list[tuple[int, str]]:
+            if which == stage_of and self.broken:
+                self.hits += 1
+                raise sqlite3.OperationalError("unable to open database file")
+            return real(path, which, *rest, **options)
+
+        monkeypatch.setattr(rows, "staged", staged)
+
+
+def test_rows_beyond_memory_are_copied_although_the_journal_could_not_be_read_at_first(
+    idle: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else delivers them: what found no room in memory is in the journal alone."""
+    monkeypatch.setattr(stage, "_FOLLOW_EVERY", 0.2)
+    monkeypatch.setattr(copying, "_HELD_IN_MEMORY", 5)
+    keys = [f"op-{number}" for number in range(20)]
+    idle.sharing._follow_at = 0.0
+    trouble = Unreadable(monkeypatch, None)
+    idle.add(*map(row, keys))
+    until(lambda: trouble.hits > 0 and not idle.sharing._copying._new, "it was looked for more")
+    trouble.broken = False
+    until(lambda: not idle.other.ended(keys).missing, "all are copied")
+
+
+def test_rows_beyond_memory_are_followed_although_the_journal_could_not_be_read_at_first(
+    idle: Process, monkeypatch: pytest.MonkeyPatch, psql: Any
+) -> None:
+    """Callers that wait for their receipts are told in the end, and a journal in trouble is not read in a loop."""
+    monkeypatch.setattr(following, "_HELD_IN_MEMORY", 5)
+    monkeypatch.setattr(following, "_LOOK_EVERY", (0.1, 0.2))
+    trouble = Unreadable(monkeypatch, "shared")
+    keys = [f"op-{number}" for number in range(20)]
+    idle.add(*map(row, keys))
+    until(lambda: not idle.other.ended(keys).missing, "all are copied")
+    psql.execute("UPDATE vluna_llm_operations SET settlement = 'booked'")
+    until(lambda: trouble.hits > 0, "it was looked for more")
+    for _ in range(50):
+        idle.sharing._wake.set()
+        time.sleep(0.01)
+    assert trouble.hits < 12
+    assert idle.sharing.outstanding
+    trouble.broken = False
+    until(lambda: idle.workers.settled == 20, "all followed")
+    until(lambda: idle.sharing.outstanding == 0, "nothing is left")
+
+
+def test_what_came_with_the_journal_of_the_dead_is_copied_although_it_could_not_be_read_at_first(
+    idle: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "_FOLLOW_EVERY", 0.2)
+    trouble = Unreadable(monkeypatch, "sharing")
+    idle.ledger.open(row(stage="sharing"), (), 0)
+    idle.sharing._follow_at = 0.0
+    idle.sharing.recall()
+    assert trouble.hits == 1
+    trouble.broken = False
+    until(lambda: idle.other.get("op-1") is not None, "it is copied")
+
+
 def test_rows_in_memory_are_shared_too(database: str) -> None:
     """The journal is in memory: the shared outbox is all that outlives the process."""
     process = Process(None, database)
@@ -545,9 +613,15 @@ def test_an_outage_is_told_once_and_ends(
 
 
 def test_what_comes_back_from_an_outage_has_arrived_once(
-    make_vluna: Callable[..., Vluna], gate: Sandbox, postgres: Any, database: str, tmp_path: Path
+    make_vluna: Callable[..., Vluna],
+    gate: Sandbox,
+    postgres: Any,
+    database: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The alarm compares what came with what went: a settlement that changes its way has come before."""
+    monkeypatch.setattr(stage, "_AWAY", (0.2, 0.2))
     vluna = make_vluna(outbox_shared=database, outbox=str(tmp_path))
 
     def complete(principal: str) -> None:

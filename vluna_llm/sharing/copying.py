@@ -53,6 +53,7 @@ class Copying:
         self._unstorable: set[str] = set()
         self._more = True  # the journal may hold rows that were never offered
         self._unread = False  # and some of them could not be read
+        self._unread_unsure = False  # nor some that were offered, perhaps
 
     def __len__(self) -> int:
         with self._guard:
@@ -75,6 +76,7 @@ class Copying:
         """Read the rows of which it is not known from the journal, where they came with that of a dead process."""
         for page in self._staged.pages("sharing", UNDELIVERED):
             with self._guard:
+                self._unread_unsure = self._unread_unsure or not page.read
                 there = set(self._unsure)
                 self._unsure.extend(key for key in page.keys if key not in there)
 
@@ -102,6 +104,9 @@ class Copying:
         """Look through the journal once more, where something in it could not be read."""
         if self._unread:
             self._unread, self._more = False, True
+        if self._unread_unsure:
+            self._unread_unsure = False
+            self.recall()
 
     def step(self, workers: Workers) -> bool:
         """Copy one batch to PostgreSQL; whether there may be more.
@@ -194,6 +199,7 @@ class Copying:
                 return
             self._more = False
         for page in self._staged.pages(None, UNDELIVERED):
+            self._unread = self._unread or not page.read
             with self._guard:
                 self._new.extend(page.keys)
                 if page.after and len(self._new) >= _HELD_IN_MEMORY:

@@ -100,7 +100,7 @@ class Following:
         for page in self._staged.pages("shared", UNDELIVERED):
             with self._guard:
                 self._waiting.update((key, 0.0) for key in page.keys if key not in self._waiting)
-                if page.after and len(self._waiting) >= _HELD_IN_MEMORY:
+                if not page.read or (page.after and len(self._waiting) >= _HELD_IN_MEMORY):
                     self._more = True
                     return
 
@@ -110,12 +110,14 @@ class Following:
         Raises:
             OutboxUnavailable: PostgreSQL is away.
         """
+        if self._look_at > time.monotonic():
+            return
         if self._more and len(self._waiting) < _HELD_IN_MEMORY // 2:
             self.recall()
         with self._guard:
-            if not self._waiting or self._look_at > time.monotonic():
-                return
             keys = list(self._waiting)
+        if not keys and not self._more:
+            return
         settled = 0
         for first in range(0, len(keys), _ASKED_AT_ONCE):
             if stopping():

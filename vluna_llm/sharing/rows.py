@@ -22,10 +22,14 @@ PAGE = 200
 
 
 class Page(NamedTuple):
-    """Ids of rows, oldest first, and the place behind which the next page begins; 0 where there is none."""
+    """Ids of rows, oldest first, and the place behind which the next page begins; 0 where there is none.
+
+    ``read`` is False where the journal could not be read, so that there may be others.
+    """
 
     keys: list[str]
     after: int
+    read: bool = True
 
 
 class StagedRows:
@@ -51,7 +55,7 @@ class StagedRows:
                     found = staged_in(db, stage, settlements, after=after, limit=PAGE)
         except (OSError, sqlite3.Error, OutboxUnavailable):
             self._telemetry.internal_error("sharing.staged")
-            found = []
+            return Page([], 0, read=False)
         return Page([key for _, key in found], found[-1][0] if len(found) == PAGE else 0)
 
     def pages(self, stage: Stage | None, settlements: Sequence[Settlement]) -> Iterator[Page]:

@@ -97,6 +97,11 @@ class Operation:
         return f"<Operation {self.operation_id} {self._row.feature_code}>"
 
     @property
+    def is_ours(self) -> bool:
+        """Whether this process admitted it, and not one from which it was forked."""
+        return os.getpid() == self._pid
+
+    @property
     def customer(self) -> tuple[str, str]:
         """Principal and user who pay."""
         return self._row.principal_id, self._row.user_id
@@ -144,7 +149,7 @@ class Operation:
 
     def abandon(self, ending: Callable[[], Ending]) -> None:
         """The garbage collector found the answer: only take a note, in whatever thread or lock this is (rule 15)."""
-        if os.getpid() == self._pid:
+        if self.is_ours:
             self._process.later(lambda: self.finish(ending()))
 
     # -- waiting for the receipt -----------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ class Operation:
 
     def _do(self, where: str, act: Callable[[], None]) -> None:
         """Do it now, or soon where the garbage collector ran the caller inside one of our own locks. Never raises."""
-        if os.getpid() != self._pid:
+        if not self.is_ours:
             return  # a forked child never settles its parent's operations
 
         def safely() -> None:

@@ -8,7 +8,6 @@ that opened it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,47 +18,74 @@ from .lifecycle import Operation
 Claim = Literal["open", "claimed", "passed_on"]
 
 
+class _Offer:
+    """One operation in a slot.
+
+    Who claims it is decided in one step of the interpreter, without a lock: a signal handler or a finalizer may come in
+    between any two of ours and call a model, and a fork would copy a lock that is held.
+    """
+
+    __slots__ = ("_taken", "operation")
+
+    def __init__(self, operation: Operation | None) -> None:
+        self.operation = operation
+        self._taken: dict[str, tuple[Claim, object]] = {}
+
+    @property
+    def claim(self) -> Claim:
+        taken = self._taken.get("")
+        return "open" if taken is None else taken[0]
+
+    def take(self, claim: Claim) -> bool:
+        """Whether the first to come is who asks."""
+        ticket = claim, object()
+        return self._taken.setdefault("", ticket) is ticket
+
+
 class Slot:
     """Holds at most one operation at a time for whoever claims it. Safe from any thread."""
 
-    __slots__ = ("_claim", "_guard", "operation")
+    __slots__ = ("_offer",)
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._claim: Claim = "open"
-        self.operation: Operation | None = None
+        self._offer = _Offer(None)
+
+    @property
+    def operation(self) -> Operation | None:
+        """What was put in last, whether it was claimed or not."""
+        return self._offer.operation
 
     @property
     def claimed(self) -> bool:
         """Whether a metered call inside settles this: the layer that opened the slot has nothing more to say."""
-        return self._claim == "claimed"
+        return self._offer.claim == "claimed"
 
     @property
     def passed_on(self) -> bool:
         """Whether a metered call inside bills this work to somebody else: what was admitted here is given up."""
-        return self._claim == "passed_on"
+        return self._offer.claim == "passed_on"
 
     def offer(self, operation: Operation | None) -> None:
         """Put an operation into the slot, in place of one that has ended; None closes it."""
-        with self._guard:
-            self.operation, self._claim = operation, "open"
+        self._offer = _Offer(operation)
 
     def claim(self, *, gate: tuple[str, str], customer: tuple[str | None, str | None]) -> Operation | None:
         """Take the operation over; None where there is none, where it was taken, or where it is somebody else's.
+
+        In a forked child the operation is the parent's, who settles it: what the child does is work of its own.
 
         Args:
             gate: base URL and realm of who asks.
             customer: principal and user of who asks, None for whoever pays for the surrounding work.
         """
-        with self._guard:
-            operation = self.operation
-            if operation is None or self._claim != "open" or operation.ended:
-                return None
-            principal, user = customer
-            own_principal, own_user = operation.customer
-            same = operation.gate == gate and principal in (None, own_principal) and user in (None, own_user)
-            self._claim = "claimed" if same else "passed_on"
-            return operation if same else None
+        offer = self._offer
+        operation = offer.operation
+        if operation is None or operation.ended or not operation.is_ours:
+            return None
+        principal, user = customer
+        own_principal, own_user = operation.customer
+        same = operation.gate == gate and principal in (None, own_principal) and user in (None, own_user)
+        return operation if offer.take("claimed" if same else "passed_on") and same else None
 
 
 _open: ContextVar[Slot | None] = ContextVar("vluna_llm_slot", default=None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -12,7 +13,7 @@ from vluna_llm import TokenUsage, Vluna, call_context
 from vluna_llm.context import make_context, within
 from vluna_llm.ending import Ending
 from vluna_llm.errors import GateDenied
-from vluna_llm.lifecycle import ModelCall
+from vluna_llm.lifecycle import ModelCall, Operation
 from vluna_llm.sandbox import Sandbox
 from vluna_llm.slot import Slot, inside, open_slot
 
@@ -75,6 +76,56 @@ def test_it_is_taken_once_whoever_comes_at_the_same_time(gate: Sandbox) -> None:
         for thread in threads:
             thread.join()
         assert [one for one in found if one is not None] == [slot.operation]
+
+
+def test_a_call_in_the_middle_of_a_claim_gets_it_or_not_and_nobody_waits_for_ever(gate: Sandbox) -> None:
+    """A signal handler or a finalizer may run anywhere, also between any two steps of ours, in the same thread."""
+    with vluna_for(gate) as vluna, call_context(principal_id="ann"):
+        admitted = vluna.begin(CALL)
+        assert admitted is not None
+        slot, taken = Slot(), []
+
+        class Interrupted:
+            def __getattribute__(self, name: str) -> Any:
+                if name == "customer" and not taken:
+                    taken.append("interrupting")
+                    taken.append(slot.claim(gate=admitted.gate, customer=("ann", None)))
+                return getattr(admitted, name)
+
+        slot.offer(cast(Operation, Interrupted()))
+        claim = threading.Thread(
+            target=lambda: taken.append(slot.claim(gate=admitted.gate, customer=("ann", None))), daemon=True
+        )
+        claim.start()
+        claim.join(5)
+        assert not claim.is_alive()
+        assert sum(one is not None for one in taken[1:]) == 1
+        admitted.fail()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_child_does_not_take_over_what_its_parent_has_admitted(gate: Sandbox) -> None:
+    """The parent settles it; what the child asks the provider for is work of its own, and billed."""
+    with vluna_for(gate) as vluna, call_context(principal_id="ann"):
+        slot = Slot()
+        slot.offer(vluna.begin(CALL))
+        with inside(slot):
+            if (pid := os.fork()) == 0:
+                billed = False
+                try:
+                    operation = vluna.begin(CALL)
+                    assert operation is not None
+                    operation.finish(USED)
+                    billed = vluna.flush(5)
+                finally:
+                    os._exit(0 if billed else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert charged(gate, "ann") == [15]
+        assert not slot.claimed
+        assert slot.operation is not None
+        slot.operation.finish(USED)
+        assert vluna.flush(5)
+        assert charged(gate, "ann") == [15, 15]
 
 
 @pytest.mark.parametrize("other", ["principal", "gate"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ class Books:
     gate: Sandbox
     customer: str
 
-    def run(self, vluna: Vluna, work: Callable[[], Any], **context: Any) -> Scope:
-        """Run something for this customer and wait until it is settled."""
+    def run(self, vluna: Vluna, work: Callable[[], Any], *, collect: bool = False, **context: Any) -> Scope:
+        """Run something for this customer and wait until it is settled; ``collect``: what it leaves is collected."""
         with call_context(principal_id=self.customer, **context) as scope:
             work()
+        if collect:
+            eventually(lambda: gc.collect() >= 0 and scope.pending == 0, 10)
         assert scope.wait(10), "an operation was never settled"
         return self.settled(vluna, scope)
 

@@ -1,4 +1,4 @@
-"""`VlunaCallback` as users hold it: twice, beside others, early-bound names, without wrappers; and what it tells them."""
+"""`VlunaCallback` as users hold it: twice, beside others, early-bound names, without wrappers; what it tells them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who pays for a call through LiteLLM, said by the call's metadata and by the call context; and what nobody else sees."""
+"""Who pays for a call through LiteLLM, by its metadata and by the call context; and what nobody else sees of that."""
 
 from __future__ import annotations
 

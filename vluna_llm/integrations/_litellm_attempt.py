@@ -22,11 +22,12 @@ import litellm
 from ..context import CallContext, current_context
 from ..errors import ConfigurationError, VlunaError
 from ..slot import Slot, inside
-from ._litellm_ask import ask_usage, is_refused, remember_refusal
-from ._litellm_call import LogicalCall, current_call, family_of, refusal
+from ._litellm_ask import ask_usage, is_refused, remember_refusal, upstream_of
+from ._litellm_background import response_id_of
+from ._litellm_call import LogicalCall, call_for, current_call, family_of, refusal
 from ._litellm_metadata import Trace, strip, take_identity
 from ._litellm_stream import watch
-from ._litellm_usage import costs_nothing, ending_of, model_call_of, pending
+from ._litellm_usage import costs_nothing, ending_of, model_call_of, pending, spent
 
 if TYPE_CHECKING:
     from ..lifecycle import Operation
@@ -97,8 +98,9 @@ class Attempt:
 
     def ask_usage(self) -> None:
         """Ask for the usage of a stream on the caller's behalf."""
-        asked, self.asked = ask_usage(self.kwargs, self.model_call)
+        asked, self.asked = ask_usage(self.kwargs, self.model_call, self.call.unasked)
         if self.asked:
+            self.call.asked_usage = True
             self.bare, self.kwargs = self.kwargs, asked
 
     # -- before ------------------------------------------------------------------------------------------------------
@@ -154,6 +156,7 @@ class Attempt:
         """Whether the function is to be run once more, with other arguments: decided here, where the gate is asked."""
         try:
             if self.asked and self.bare is not None and is_refused(error):
+                self.call.unasked.add(upstream_of(self.kwargs, self.model_call))
                 self.kwargs, self.asked = self.bare, False
                 return True
             if self.fallbacks is not None and isinstance(error, litellm.ContextWindowExceededError):
@@ -171,6 +174,8 @@ class Attempt:
         """It raised for good: the outermost call charges nothing. Returns what the caller is to see."""
         self.done = True
         try:
+            if (answered := spent(self.raw, self.model_call)) is not None:
+                self.call.answered(answered)  # LiteLLM could make nothing of it: what was reported was spent
             if self.parent is not None:
                 self.parent.failed_inside = True
             if not self.outermost:
@@ -235,7 +240,7 @@ class Attempt:
         translated = self.answered_inside and not self.asks_provider
         if translated and not self.settled_elsewhere and not stream:
             pass  # settled inside, by the attempt that asked the provider
-        elif not stream and costs_nothing(result, self.raw):
+        elif not stream and costs_nothing(result, self.raw, self.kwargs):
             call.failed(None)
         elif translated and self.settled_elsewhere:
             call.failed(None)  # what was admitted for it is not needed: the work was billed as a call of its own
@@ -281,7 +286,7 @@ def open_attempt(vluna: Vluna, kind: str, args: Sequence[Any], kwargs: Mapping[s
         ConfigurationError: ``metadata["vluna"]`` is unusable.
     """
     around = current_attempt()
-    call = current_call()
+    call = call_for(kwargs)
     given, bound, trace = _identity(vluna, kwargs)
     if around is None and call is None and trace is not None:
         # Handed on through a thread of LiteLLM's that knows nothing of the caller's context.
@@ -366,12 +371,6 @@ def is_stream(result: Any) -> bool:
         and not inspect.iscoroutine(result)
         and not isinstance(result, (dict, list, str, bytes))
     )
-
-
-def response_id_of(result: Any) -> str | None:
-    """The provider's id of a response that is not finished yet."""
-    found = result.get("id") if isinstance(result, Mapping) else getattr(result, "id", None)
-    return found if isinstance(found, str) else None
 
 
 def show(result: Any, operation: Operation) -> None:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import litellm
 
-from ..context import current_context
+from ..context import CallContext, current_context
 from ..errors import VlunaError
 from ._litellm_attempt import Attempt, current_attempt, is_own_call, open_attempt
+from ._litellm_background import RETRIEVES, book_retrieved
 from ._litellm_call import LogicalCall, refusal
 from ._litellm_metadata import KEY, Trace, take_identity
 from ._litellm_names import found, replace_everywhere
@@ -113,6 +114,15 @@ _BATCHES: Final = ("batch_completion", "batch_completion_models", "batch_complet
 """Those that make many calls at once, in threads that know nothing of the caller's context."""
 
 
+_MOCKS: Final[Mapping[str, tuple[str, ...]]] = {
+    "chat.completions": ("mock_response", "mock_tool_calls", "mock_timeout"),
+    "completions": ("mock_response", "mock_tool_calls", "mock_timeout"),
+    "embeddings": ("mock_response",),
+    "images": ("mock_response",),
+}
+"""The arguments by which LiteLLM's functions make an answer up."""
+
+
 class _Installed:
     """What the wrappers work for; shared by all of them."""
 
@@ -137,6 +147,7 @@ def install(vluna: Vluna) -> None:
             (_HOMES, tuple(METERED), _metered),
             (_UNMETERED_HOMES, UNMETERED, _unmetered),
             (_HOMES, _BATCHES, _batch),
+            (_HOMES, RETRIEVES, _retrieve),
         ):
             for name in names:
                 for function in found(homes, name):
@@ -276,7 +287,7 @@ def _begin(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attempt 
         ConfigurationError: what ``metadata["vluna"]`` says is unusable.
     """
     vluna = _metering()
-    if vluna is None or _is_mocked(kwargs) or (is_own_call(kwargs) and current_attempt() is not None):
+    if vluna is None or _is_mocked(kind, kwargs) or (is_own_call(kwargs) and current_attempt() is not None):
         return None
     attempt = open_attempt(vluna, kind, args, kwargs)
     if attempt is not None:
@@ -287,8 +298,14 @@ def _begin(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attempt 
     return attempt
 
 
-def _is_mocked(kwargs: Mapping[str, Any]) -> bool:
-    return any(kwargs.get(name) for name in ("mock_response", "mock_tool_calls", "mock_timeout"))
+def _is_mocked(kind: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether LiteLLM makes the answer up. The other APIs take no notice of these arguments and ask the provider: a
+    proxy's client, who writes them into the body, would have its answers for nothing."""
+    if kind == "responses":
+        return isinstance(said := kwargs.get("mock_response"), str) and bool(said)
+    if kind == "images" and kwargs.get("image") is not None:
+        return False
+    return any(kwargs.get(name) for name in _MOCKS.get(kind, ()))
 
 
 def _prepare(attempt: Attempt) -> None:
@@ -344,6 +361,48 @@ def _batch(original: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     batch._vluna_original = original  # type: ignore[attr-defined]
     return batch
+
+
+def _retrieve(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+    wrapper: Any
+    if inspect.iscoroutinefunction(original):
+
+        @functools.wraps(original)
+        async def aretrieve(*args: Any, **kwargs: Any) -> Any:
+            vluna, given, bound = _retrieved_for(kwargs)
+            response = await original(*args, **given)
+            if vluna is not None:
+                book_retrieved(vluna, response, bound)
+            return response
+
+        wrapper = aretrieve
+    else:
+
+        @functools.wraps(original)
+        def retrieve(*args: Any, **kwargs: Any) -> Any:
+            vluna, given, bound = _retrieved_for(kwargs)
+            response = original(*args, **given)
+            if vluna is not None:
+                book_retrieved(vluna, response, bound)
+            return response
+
+        wrapper = retrieve
+    wrapper._vluna_original = original
+    return cast(Callable[..., Any], wrapper)
+
+
+def _retrieved_for(kwargs: dict[str, Any]) -> tuple[Vluna | None, dict[str, Any], CallContext | None]:
+    vluna = _metering()
+    if vluna is None:
+        return None, kwargs, None
+    try:
+        given, bound, _ = take_identity(kwargs)
+        return vluna, given, bound
+    except VlunaError as error:
+        if vluna.mode == "enforce":
+            raise refusal(error) from None
+        vluna.internal_error("litellm.retrieve")
+        return None, kwargs, None
 
 
 def _unmetered(original: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -39,6 +39,7 @@ MOST_PAGES = 10
 _PAGE = 200
 _AROUND = timedelta(milliseconds=5)
 _CLOSED = "lease_closed_at_commit"
+_DIGITS = 10  # of the number of a key: what is longer is none of ours
 
 
 class Reader(Protocol):
@@ -325,7 +326,7 @@ def _round(rating: Rating) -> int | None:
     if rating.rating_kind != "ingest":
         return None
     number = rating.labels.get(ROUND_LABEL)
-    return int(number) if isinstance(number, str) and number.isdecimal() else 0
+    return int(number) if isinstance(number, str) and number.isdecimal() and len(number) < _DIGITS else 0
 
 
 # -- judging -----------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from .settlement import (
     slow_backoff,
     unpriced,
     wants_lease,
+    with_bytes_of_rest,
     withdrawn,
 )
 from .telemetry import Telemetry
@@ -363,10 +364,7 @@ class Delivery:
         waits = verdict.outcome == "held"
         rest = None if verdict.whole else verdict.rest
         open_ = row.state.partly_booked(rest, verdict.parts, round_=verdict.round_, wait=waits)
-        left = withdrawn(row).with_state(open_)
-        if rest and not waits:
-            request = compose(left, mode=self._meters, names=self._names(row.feature_code), priced=None)
-            left = left.evolve(path=request.path, body=request.body)
+        left = with_bytes_of_rest(withdrawn(row).with_state(open_))
         receipt = receipt_of(left, "quarantined", None, verdict.detail)
         attempts = row.attempts + 1
         again = not verdict.parts and row.state.used_up > 0

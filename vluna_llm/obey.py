@@ -11,7 +11,7 @@ from .outbox import Row
 from .outbox.orders import ordered, what_of, why_not
 from .outbox.schema import Order
 from .reporting import attributes_of, span_of
-from .settlement import receipt_of
+from .settlement import receipt_of, with_bytes_of_rest
 from .settler import Settler
 from .telemetry import Telemetry, log
 
@@ -54,13 +54,13 @@ def _carried_out(order: Order, ledger: Ledger, settler: Settler, telemetry: Tele
     if what == "drop" and settler.delivering(row.operation_id):
         return False  # it may be charged at this moment: nobody is told that it was dropped
     if row.stage is None:
-        found = ledger.apply(row.operation_id, lambda now: ordered(now, what))
+        found = ledger.apply(row.operation_id, lambda now: with_bytes_of_rest(ordered(now, what)))
         if found is None:
             return True  # gone meanwhile
         seen, changed = row, found
     else:
         try:
-            there = settler.reopen(row.operation_id, lambda now: ordered(now, what))
+            there = settler.reopen(row.operation_id, lambda now: with_bytes_of_rest(ordered(now, what)))
         except OutboxUnavailable:
             return False  # PostgreSQL is away, or a host delivers the lane at this moment: tried again in a moment
         if there is None:

@@ -88,6 +88,7 @@ SETTLEMENT_LABEL = "settlement"
 """The label of an ingest whose key other runs of the same job arrive at, too: the base of that key."""
 ROUND_LABEL = "settlement_round"
 """The label of an ingest of what earlier ones booked as 0: the number at the end of its key."""
+_READ_BACK = (SETTLEMENT_LABEL, ROUND_LABEL)
 
 
 def authorize_arguments(row: Row) -> dict[str, Any]:
@@ -172,6 +173,19 @@ def compose(row: Row, *, mode: MetersMode, names: MeterNames, priced: Collection
     return _ingest(row, state.usage.total_tokens, meters, key)
 
 
+def with_bytes_of_rest(row: Row) -> Row:
+    """The row with the request for what is left of a partly charged ingest, where that is all that is to be sent.
+
+    Wherever such a row can be delivered it holds these bytes: a host of an older version that shares PostgreSQL with us
+    knows the whole usage only. Raises `ConfigurationError` as `compose` does.
+    """
+    state = row.state
+    if not state.rest or state.settlement != "pending" or row.body is not None:
+        return row
+    request = _rest_request(row, state.rest, settle_key(row))
+    return row.evolve(path=request.path, body=request.body)
+
+
 def _rest_request(row: Row, rest: tuple[MeterLine, ...], key: str) -> GateRequest:
     """What is left of a partly charged ingest: the same lines on the same meters, whatever has a price meanwhile."""
     quantity = sum(line.quantity for line in rest)
@@ -216,7 +230,11 @@ def labels_of(row: Row) -> dict[str, str]:
         SETTLEMENT_LABEL: row.settle_key if row.derived and row.state.route == "ingest" else None,
         ROUND_LABEL: str(row.state.used_up) if row.state.route == "ingest" and row.state.used_up else None,
     }
-    return {**(row.labels or {}), **{name: value for name, value in ours.items() if value}}
+    found = {**(row.labels or {}), **{name: value for name, value in ours.items() if value}}
+    for name in _READ_BACK:
+        if ours[name] is None:
+            found.pop(name, None)  # the caller's own would be taken for ours
+    return found
 
 
 def judge_commit(result: CommitResult, row: Row) -> Verdict:

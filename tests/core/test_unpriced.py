@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -20,14 +20,16 @@ from vluna_llm.delivery import Delivery
 from vluna_llm.ending import Ending
 from vluna_llm.ledger import Ledger
 from vluna_llm.lifecycle import ModelCall
+from vluna_llm.obey import carry_out
 from vluna_llm.operation import OperationState, Part
 from vluna_llm.outbox import Journal, Row
-from vluna_llm.outbox.orders import What, ordered
+from vluna_llm.outbox.orders import What, ordered, place
 from vluna_llm.outbox.row import COLUMNS, changed_values, from_values, insert_values, next_step
 from vluna_llm.pricing import Price, PriceBook, Prices
 from vluna_llm.runtime import _Courier
 from vluna_llm.sandbox import Sandbox
 from vluna_llm.settlement import FRUITLESS_ROUNDS, Verdict, receipt_of, unbilled, wants_lease
+from vluna_llm.settler import Settler
 from vluna_llm.telemetry import Telemetry
 from vluna_llm.types import Receipt
 from vluna_llm.usage.features import MeterNames
@@ -38,6 +40,7 @@ INPUT, CACHED, OUTPUT = (f"{FEATURE}.tokens.{part}" for part in ("input", "cache
 PRICES = {FEATURE: 5, INPUT: 3, CACHED: 1, OUTPUT: 12}
 USAGE = TokenUsage(100, 40, cached_tokens=30)
 LINES = {CACHED: 30, INPUT: 70, OUTPUT: 40}
+LEFT = (MeterLine(OUTPUT, 40),)
 WHOLE = sum(quantity * PRICES[meter] for meter, quantity in LINES.items())
 JOB = "vluna-llm:job:4711"
 
@@ -323,6 +326,59 @@ def test_what_is_left_is_refused_and_retried_without_what_was_charged(
         a.deliver(key)
     assert charged(gate) == LINES
     assert a.receipts[-1].charged_xusd == WHOLE
+
+
+class Idle:
+    """A settler that delivers nothing."""
+
+    def delivering(self, operation_id: str) -> bool:
+        return False
+
+    def enqueue(self, row: Row) -> None:
+        pass
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["put aside after many rounds", "refused"])
+def test_a_repair_leaves_the_bytes_of_what_is_left(gate: Sandbox, host: Callable[[str], Host], refused: bool) -> None:
+    """A host of an older version that delivers the row knows no other way to tell what is left from the whole."""
+    a = host("a")
+    key = a.add("op-1")
+    with lost_in_between(a, OUTPUT):
+        a.deliver(key)
+    if refused:
+        a.ledger.apply(key, lambda now: now.with_state(now.state.refused()))
+    else:
+        aside = a.row(key).state.sent().partly_booked(LEFT, wait=True)
+        a.ledger.apply(key, lambda now: now.evolve(state=aside, path=None, body=None))
+    path = a.ledger.journal.path
+    assert path is not None
+    place(path, [(key, "repair")])
+    assert carry_out(a.ledger, cast(Settler, Idle()), a.telemetry) == 1
+    row = a.row(key)
+    assert (row.state.settlement, row.state.used_up) == ("pending", 1 if refused else 2)
+    assert row.path is not None
+    assert row.body is not None
+    sent = json.loads(row.body)
+    assert [(line["meter_code"], int(line["quantity_minor"])) for line in sent["meters"]] == [(OUTPUT, 40)]
+    assert sent["labels"]["settlement_round"] == str(row.state.used_up)
+    price(gate, OUTPUT)
+    assert a.deliver(key).state.settlement == "booked"
+    assert charged(gate) == LINES
+
+
+def test_a_label_of_the_caller_is_not_taken_for_the_number_of_a_key(gate: Sandbox, host: Callable[[str], Host]) -> None:
+    """By these labels the books are read: a caller's own of that name would make the first ingest a later one."""
+    a = host("a")
+    key = a.add("op-1", labels={"team": "blue", "settlement": "x", "settlement_round": "9" * 30})
+    gate.faults.add("garbage", "ingest", times=3, body="<html>ok</html>")
+    with lost_in_between(a, OUTPUT):
+        row = a.deliver(key, 3)
+    assert (row.state.settlement, row.state.used_up, row.state.rest) == ("pending", 1, LEFT)
+    gate.faults.clear()
+    price(gate, OUTPUT)
+    assert a.deliver(key).state.settlement == "booked"
+    assert charged(gate) == LINES
+    assert [entry.labels["team"] for entry in gate.booked("ann").entries] == ["blue", "blue"]
 
 
 def test_what_is_left_can_be_dropped_and_the_receipt_keeps_what_was_charged(

@@ -30,6 +30,7 @@ from ..outbox.row import Row
 from ..outbox.waiting import waiting_as
 from ..process import Process
 from ..settings import Settings
+from ..settlement import with_bytes_of_rest
 from ..telemetry import Telemetry, log
 from ..usage.estimate import Estimator
 from ..usage.features import FeatureMap
@@ -273,7 +274,7 @@ def _in_shared(entries: Sequence[Entry], what: What, environ: Mapping[str, str],
                     reason = why_not(row, what)
                     if reason is not None:
                         end = Outcome(name, "not done", reason)
-                    elif shared.reopen(row, ordered(row, what)):
+                    elif shared.reopen(row, with_bytes_of_rest(ordered(row, what))):
                         reopened.add(name)
                 now = shared.get(name)
                 if end is None and name in reopened:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ FEATURE = f"openai.{MODEL}"
 TOKENS = 120
 """What the upstream reports for a chat, a completion and a response."""
 MESSAGES: list[dict[str, str]] = [{"role": "user", "content": "hi"}]
+
+TABLES: list[Callable[[], Iterable[str]]] = []
+"""What modules want to have printed when all tests are done, line by line."""
 
 
 @dataclass

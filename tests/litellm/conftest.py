@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import litellm
-from books import Books
+from books import TABLES, Books
 from provider import Provider
 
 from vluna_llm import Vluna
@@ -27,6 +27,14 @@ from vluna_llm.integrations import litellm as integration
 from vluna_llm.sandbox import Sandbox
 
 _customers = itertools.count(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the tables that the tests have filled."""
+    for table in TABLES:
+        terminalreporter.write_line("")
+        for line in table():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 import litellm
 import openai
 import pytest
-from books import FEATURE, MESSAGES, MODEL, Books
+from books import FEATURE, MESSAGES, MODEL, TABLES, Books
 from provider import Provider
 
 from vluna_llm import Vluna
@@ -41,16 +41,14 @@ class Path:
 PATHS = [Path(name, stream, is_async) for name in CALLS for is_async in (False, True) for stream in (False, True)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _printed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The table stands in the output of the tests."""
-    yield
-    reporter: Any = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or not _TABLE:
-        return
-    reporter.write_line(f"\n{'LiteLLM SDK':28}" + "".join(f"{case:>12}" for case in CASES))
+def lines() -> Iterator[str]:
+    """The table, for the output of the tests."""
+    yield f"{'LiteLLM SDK':28}" + "".join(f"{case:>12}" for case in CASES)
     for path in PATHS:
-        reporter.write_line(f"{path!s:28}" + "".join(f"{_TABLE.get((str(path), case), '-'):>12}" for case in CASES))
+        yield f"{path!s:28}" + "".join(f"{_TABLE.get((str(path), case), '-'):>12}" for case in CASES)
+
+
+TABLES.append(lines)
 
 
 def applies(path: Path, case: str) -> bool:

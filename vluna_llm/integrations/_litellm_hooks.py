@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import VlunaError
 from ._litellm_attempt import current_attempt
-from ._litellm_call import LogicalCall, current_call, refusal
+from ._litellm_call import LogicalCall, current_call, current_request, refusal
 from ._litellm_entry import METERED
 from ._litellm_metadata import Trace, leave_trace, take_identity, trace_in
-from ._litellm_usage import costs_nothing, ending_of, model_call_of, pending
+from ._litellm_usage import answer_shown, costs_nothing, ending_of, model_call_of, pending
 
 if TYPE_CHECKING:
     from ..types import Receipt
@@ -47,7 +47,7 @@ class LoggingHooks:
             if attempt is not None:
                 attempt.asks_provider = True
                 leave_trace(kwargs, attempt.trace)
-            elif current_call() is None and trace_in(kwargs) is None:
+            elif current_call() is None and current_request() is None and trace_in(kwargs) is None:
                 self._escaped(kwargs)
         except Exception:
             self.vluna.internal_error("litellm.pre_call")
@@ -57,7 +57,7 @@ class LoggingHooks:
         try:
             attempt = current_attempt()
             if attempt is not None and isinstance(kwargs, dict):
-                attempt.raw = kwargs.get("original_response")
+                attempt.raw = answer_shown(kwargs.get("original_response"), attempt.raw)
         except Exception:
             self.vluna.internal_error("litellm.post_call")
 

@@ -29,6 +29,8 @@ class LogicalCall:
         attempts: how many concrete calls LiteLLM has begun for this one.
         family: the kind of work, `family_of`: what belongs to another one is no attempt at this call.
         watched: the operation that the end of a stream settles, once there is one.
+        asked_usage: usage was asked for on the caller's behalf by an attempt at this call.
+        unasked: upstreams that refused to be asked for usage in this call.
         driver: the method of a Router that works on it: another one at the same time is a call of its own.
     """
 
@@ -39,6 +41,8 @@ class LogicalCall:
         self.attempts = 0
         self.family: str | None = None
         self.watched: Operation | None = None
+        self.asked_usage = False
+        self.unasked: set[str] = set()
         self.driver: object | None = None
         self.refused: VlunaError | None = None
         self._within = 0

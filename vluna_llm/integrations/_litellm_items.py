@@ -21,9 +21,11 @@ from .._tap_watch import REST_CHUNKS, How, Sink, Watch, collecting, watch_collec
 from ..ending import Ending
 from ..lifecycle import ModelCall
 from ..tap import DRAIN_SECONDS, note_open
+from ._litellm_ask import is_refused, without_asking
 from ._litellm_call import LogicalCall
 from ._litellm_ends import tell_end
 from ._litellm_usage import ChunkReader, ending_of
+from ._openai_usage_option import REFUSERS
 
 _MANY: Final = 1 << 40
 _PLAYED_BACK: Final = {
@@ -57,6 +59,8 @@ class Site:
     """Where a stream is observed: who is told, for which call, and how the response below a late stream is observed.
 
     Attributes:
+        is_async: the colour of the call.
+        asked_usage: usage was asked for on the caller's behalf.
         adopt: observes the response below a stream that was just made, for the stream that the consumer reads; False
             where there is none.
     """
@@ -65,6 +69,7 @@ class Site:
     call: LogicalCall
     model_call: ModelCall
     is_async: bool
+    asked_usage: bool
     adopt: Callable[[Any, Any], bool]
 
     def watch(self, *, asked: bool) -> ItemWatch:
@@ -159,6 +164,7 @@ class _Observed:
         self._inner = inner
         self._site = site
         self._watch = site.watch(asked=not _begins_late(inner))
+        self._again = without_asking(inner) if site.asked_usage else None
         self._begun = False
         watch_collector()
         weakref.finalize(self, self._watch.forgotten).atexit = False
@@ -176,11 +182,7 @@ class _Observed:
     def __next__(self) -> Any:
         watch = self._watch
         try:
-            if self._begun:
-                item = next(self._inner)
-            else:
-                with self._beginning():
-                    item = next(self._inner)
+            item = next(self._inner) if self._begun else self._first()
         except StopIteration:
             watch.end_of_items()
             raise
@@ -203,6 +205,28 @@ class _Observed:
         self._begun = self._watch.asked = True
         with self._site.call.running(), making(self._made):
             yield
+
+    def _first(self) -> Any:
+        with self._beginning():
+            try:
+                return next(self._inner)
+            except Exception as error:
+                if not self._refused_option(error):
+                    raise
+            item = next(self._inner)
+        self._remember()
+        return item
+
+    def _refused_option(self, error: Exception) -> bool:
+        """Whether the upstream does not take the option that we put in: the stream is made again without it."""
+        if self._again is None or self._watch.told or not is_refused(error):
+            return False
+        self._inner = self._again.make()
+        return True
+
+    def _remember(self) -> None:
+        if self._again is not None:
+            REFUSERS.add(self._again.upstream)
 
     def _made(self, stream: Any) -> None:
         """LiteLLM has made a stream inside this one: what is below it is observed instead of the items."""
@@ -238,8 +262,7 @@ class Items(_Observed):
             if self._begun:
                 item = await reading.__anext__()
             else:
-                with self._beginning():
-                    item = await reading.__anext__()
+                item = await self._afirst(reading)
         except StopAsyncIteration:
             watch.end_of_items()
             raise
@@ -248,6 +271,18 @@ class Items(_Observed):
             raise
         if not watch.told:
             self._take(item)
+        return item
+
+    async def _afirst(self, reading: Any) -> Any:
+        with self._beginning():
+            try:
+                return await reading.__anext__()
+            except Exception as error:
+                if not self._refused_option(error):
+                    raise
+            self._reading = self._inner.__aiter__()
+            item = await self._reading.__anext__()
+        self._remember()
         return item
 
     async def aclose(self) -> None:

@@ -22,6 +22,7 @@ from ..tap import tap
 from ..usage import StreamReader, read_body
 from ._litellm_ask import ask_usage, is_refused, remember_refusal
 from ._litellm_aws import AwsReader
+from ._litellm_background import given_up_on, is_background, park
 from ._litellm_call import LogicalCall
 from ._litellm_ends import tell_end
 from ._litellm_items import Site, observe, whole_answer
@@ -73,7 +74,9 @@ def watch(response: Any, call: LogicalCall, model_call: ModelCall, *, asked_usag
         if call.watched is operation:
             return response
         call.watched = operation
-        return _watch(response, call, Bill(call, operation), model_call, is_async)
+        return _watch(
+            response, call, Bill(call, operation, model_call), model_call, asked_usage or call.asked_usage, is_async
+        )
     except Exception:
         call.vluna.internal_error("litellm.stream")
         operation.fail()
@@ -83,11 +86,12 @@ def watch(response: Any, call: LogicalCall, model_call: ModelCall, *, asked_usag
 class Bill:
     """Stands for the operation of one stream; a metered client inside that claimed the operation settles it instead."""
 
-    __slots__ = ("_call", "_operation")
+    __slots__ = ("_call", "_model_call", "_operation")
 
-    def __init__(self, call: LogicalCall, operation: Operation) -> None:
+    def __init__(self, call: LogicalCall, operation: Operation, model_call: ModelCall) -> None:
         self._call = call
         self._operation = operation
+        self._model_call = model_call
 
     @property
     def on_abort(self) -> Literal["cancel", "estimate", "drain"]:
@@ -118,13 +122,16 @@ class Bill:
         """The answer ended."""
         if self.passed_on:
             self._operation.fail()
+        elif not self.claimed and is_background(self._model_call):
+            park(self._call.vluna, self._operation, self._model_call, self._call.bound, ending)
         elif not self.claimed:
             self._operation.finish(ending)
 
     def abandon(self, ending: Callable[[], Ending]) -> None:
         """The answer was forgotten."""
         if not self.claimed:
-            self._operation.abandon(ending)
+            given_up = is_background(self._model_call)
+            self._operation.abandon((lambda: given_up_on(ending())) if given_up else ending)
 
     def wait(self, timeout: float | None = None) -> object:
         """Wait for the receipt."""
@@ -135,7 +142,9 @@ class Bill:
         return self._operation.wait_async(timeout)
 
 
-def _watch(response: Any, call: LogicalCall, bill: Bill, model_call: ModelCall, is_async: bool) -> Any:
+def _watch(
+    response: Any, call: LogicalCall, bill: Bill, model_call: ModelCall, asked_usage: bool, is_async: bool
+) -> Any:
     if _is_free(response):
         bill.fail()
         return response
@@ -143,7 +152,11 @@ def _watch(response: Any, call: LogicalCall, bill: Bill, model_call: ModelCall, 
     if known is not None:
         bill.finish(known)
         return response
-    site = Site(bill, call, model_call, is_async, lambda made, stream: _tap_below(made, stream, call, bill, is_async))
+
+    def adopt(made: Any, stream: Any) -> bool:
+        return _tap_below(made, stream, call, bill, is_async)
+
+    site = Site(bill, call, model_call, is_async, asked_usage, adopt)
     return response if site.adopt(response, response) else observe(response, site)
 
 

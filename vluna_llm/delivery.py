@@ -374,6 +374,7 @@ class Delivery:
 
         def change(now: Row) -> Row:
             nonlocal dropped
+            dropped = False
             if now.state.settlement != "sent":
                 dropped = now.state.settlement == "lapsed" and bool(verdict.parts)
                 return self._charged_in_part(now, verdict) if dropped else now
@@ -423,6 +424,7 @@ class Delivery:
 
         def change(now: Row) -> Row:
             nonlocal dropped
+            dropped = False
             if now.state.route != row.state.route:
                 return now  # usage outranked the cancel while it was on its way
             if state in ("booked", "rebooked") and (charged := now.state.charged_all_the_same()) is not now.state:

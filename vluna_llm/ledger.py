@@ -184,7 +184,8 @@ class Ledger:
         this journal any more (pruned since it was settled, or in that of a runtime that was closed, which somebody else
         took over), the change is made to what ``watch`` saw of it last, else to ``fallback``, and is stored only where
         it is another state: an ending that says nothing new must not have it composed and sent anew. Without a
-        ``fallback`` what is gone is left to whoever has it now.
+        ``fallback`` what is gone is left to whoever has it now. ``change`` is called again where the row turned out to
+        be another one: what it tells its caller is to be of the last time.
 
         Raises:
             LedgerClosed: nothing was changed; the next runtime has to be asked.

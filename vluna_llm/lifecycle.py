@@ -227,6 +227,7 @@ class Operation:
 
         def change(found: Row) -> Row:
             nonlocal changed
+            changed = False
             now = self._known(found)
             if verdict.work == "completed":
                 assert usage is not None

@@ -555,6 +555,16 @@ def test_an_operators_change_waits_while_the_lane_is_being_delivered(process: Pr
         process.sharing.reopen("op-1", lambda now: now.evolve(attempts=9))
 
 
+def test_what_is_no_longer_in_the_shared_outbox_is_not_settled_by_what_ended_there(idle: Process) -> None:
+    """Another row of the same operation has taken its place since it was read: it is delivered from here."""
+    ended = row(state=PENDING.sent().booked(), receipt=BOOKED)
+    idle.ledger.open(row(state=PENDING.sent(), stage="shared"), (), 0)
+    idle.ledger.journal.replace(row())
+    assert not idle.sharing._following.close(ended, following.receipt_from(ended))
+    assert idle.stage() == (None, "pending")
+    assert idle.workers.settled == 0
+
+
 def test_a_database_that_was_set_back_gets_the_rows_again(idle: Process, psql: Any) -> None:
     idle.add(row())
     until(lambda: idle.stage()[0] == "shared")

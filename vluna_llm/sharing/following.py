@@ -155,6 +155,7 @@ class Following:
 
         def follow(now: Row) -> Row:
             nonlocal found
+            found = False
             if now.stage is None or now.state.settlement not in (*UNDELIVERED, *PUT_ASIDE):
                 return now
             found = True

@@ -56,9 +56,11 @@ class Attempt:
         "asked",
         "asks_provider",
         "bare",
+        "behind",
         "call",
         "complete",
         "done",
+        "entered",
         "failed_inside",
         "fallbacks",
         "kind",
@@ -82,6 +84,8 @@ class Attempt:
         self.complete = False
         self.fallbacks: Mapping[Any, Any] | None = None
         self.done = False
+        self.entered = False
+        self.behind: object = None
         self.asks_provider = False
         self.answered_inside = False
         self.settled_elsewhere = False
@@ -102,6 +106,13 @@ class Attempt:
         if self.asked:
             self.call.asked_usage = True
             self.bare, self.kwargs = self.kwargs, asked
+
+    def hands_to(self, function: object) -> bool:
+        """Whether LiteLLM's public function (1.106) hands this call to the one behind it: true once in each run."""
+        if self.entered or self.behind is None or self.behind is not function:
+            return False
+        self.entered = True
+        return True
 
     # -- before ------------------------------------------------------------------------------------------------------
 
@@ -138,6 +149,7 @@ class Attempt:
     @contextmanager
     def running(self) -> Iterator[None]:
         """LiteLLM works on this attempt in the ``with``."""
+        self.entered = False
         with ExitStack() as stack:
             if self.outermost or current_call() is not self.call:
                 stack.enter_context(self.call.running())

@@ -208,7 +208,7 @@ def _metered(original: Callable[..., Any], name: str) -> Callable[..., Any]:
 def _sync_entry(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
     @functools.wraps(original)
     def entry(*args: Any, **kwargs: Any) -> Any:
-        attempt = _begin(kind, args, kwargs)
+        attempt = _begin(original, kind, args, kwargs)
         if attempt is None:
             return original(*args, **kwargs)
         attempt.admit()
@@ -236,7 +236,7 @@ def _sync_entry(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
 def _async_entry(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
     @functools.wraps(original)
     async def entry(*args: Any, **kwargs: Any) -> Any:
-        attempt = _begin(kind, args, kwargs)
+        attempt = _begin(original, kind, args, kwargs)
         if attempt is None:
             return await original(*args, **kwargs)
         await attempt.aadmit()
@@ -280,17 +280,21 @@ def _raise(attempt: Attempt, error: BaseException) -> None:
     raise told from error
 
 
-def _begin(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attempt | None:
+def _begin(original: Callable[..., Any], kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attempt | None:
     """The attempt that this call of an entry function is; None where LiteLLM's own function is called as it is.
 
     Raises:
         ConfigurationError: what ``metadata["vluna"]`` says is unusable.
     """
     vluna = _metering()
-    if vluna is None or _is_mocked(kind, kwargs) or (is_own_call(kwargs) and current_attempt() is not None):
+    if vluna is None or _is_mocked(kind, kwargs):
+        return None
+    around = current_attempt()
+    if around is not None and (is_own_call(kwargs) or around.hands_to(original)):
         return None
     attempt = open_attempt(vluna, kind, args, kwargs)
     if attempt is not None:
+        attempt.behind = getattr(original, "__wrapped__", None)
         try:
             _prepare(attempt)
         except Exception:
@@ -301,7 +305,7 @@ def _begin(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attempt 
 def _is_mocked(kind: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether LiteLLM makes the answer up. The other APIs take no notice of these arguments and ask the provider: a
     proxy's client, who writes them into the body, would have its answers for nothing."""
-    if kind == "responses":
+    if kind in ("responses", "anthropic.messages"):
         return isinstance(said := kwargs.get("mock_response"), str) and bool(said)
     if kind == "images" and kwargs.get("image") is not None:
         return False

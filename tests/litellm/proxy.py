@@ -60,14 +60,22 @@ def key(**known: Any) -> str:
 
 
 class LiteLLMProxy:
-    """The process. ``settings`` are VLUNA_LLM_... variables, ``config`` the content of ``config.yaml``."""
+    """The process. ``settings`` are VLUNA_LLM_... variables, ``config`` the content of ``config.yaml``, ``modules`` the
+    source of Python modules beside it."""
 
     def __init__(
-        self, directory: Path, gate_env: Mapping[str, str], config: Mapping[str, Any], **settings: str
+        self,
+        directory: Path,
+        gate_env: Mapping[str, str],
+        config: Mapping[str, Any],
+        *,
+        modules: Mapping[str, str] | None = None,
+        **settings: str,
     ) -> None:
         self.directory = directory
         self.log = directory / "proxy.log"
         self.port = _free_port()
+        self._modules = {"vluna_keys": _KEYS, "vluna_callback": _CALLBACK, **(modules or {})}
         self._config = {
             **config,
             "litellm_settings": {"callbacks": "vluna_callback.proxy_callback", **config.get("litellm_settings", {})},
@@ -99,8 +107,8 @@ class LiteLLMProxy:
     def start(self) -> LiteLLMProxy:
         """Start it and wait until it answers."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "vluna_keys.py").write_text(_KEYS)
-        (self.directory / "vluna_callback.py").write_text(_CALLBACK)
+        for name, source in self._modules.items():
+            (self.directory / f"{name}.py").write_text(source)
         config = self.directory / "config.yaml"
         config.write_text(json.dumps(self._config))  # JSON is YAML
         command = Path(sys.executable).with_name("litellm")

@@ -42,7 +42,7 @@ class Route:
         tokens: what the upstream reports.
         body: the request, given model and prompt.
         ask: the OpenAI client's method, where it has one.
-        cached: whether LiteLLM caches its answers.
+        retried: whether LiteLLM tries again (it begins to read the stream of a text completion too late for that).
     """
 
     name: str
@@ -54,7 +54,7 @@ class Route:
     body: Callable[[str, str], dict[str, Any]]
     ask: Callable[[openai.OpenAI], Any] | None = None
     stream: bool = False
-    cached: bool = True
+    retried: bool = True
 
     def request(self, model: str, prompt: str) -> dict[str, Any]:
         """The whole body."""
@@ -107,7 +107,18 @@ ROUTES = (
     Route("responses, stream", "/v1/responses", "gpt", GPT, MINI, 120, _input, _responses, stream=True),
     Route("embeddings", "/v1/embeddings", "emb", EMB, EMB_LARGE, 8, _input, _embeddings),
     Route("completions", "/v1/completions", "inst", INST, INST_OLD, 120, _prompt, _completions),
-    Route("completions, stream", "/v1/completions", "inst", INST, INST_OLD, 120, _prompt, _completions, stream=True),
+    Route(
+        "completions, stream",
+        "/v1/completions",
+        "inst",
+        INST,
+        INST_OLD,
+        120,
+        _prompt,
+        _completions,
+        stream=True,
+        retried=False,
+    ),
     Route("messages", "/v1/messages", "claude", CLAUDE, HAIKU, 120, _claude),
     Route("messages, stream", "/v1/messages", "claude", CLAUDE, HAIKU, 120, _claude, stream=True),
     Route("messages on an OpenAI model", "/v1/messages", "gpt", GPT, MINI, 120, _claude),
@@ -127,7 +138,6 @@ def send(base_url: str, key: str, route: Route, model: str, prompt: str, **more:
             pieces = len(list(answer)) if route.stream else 1
         except openai.APIStatusError as error:
             body = error.body if isinstance(error.body, dict) else {}
-            assert error.code == body.get("code")
             return Outcome(error.status_code, dict(error.response.headers), body)
         except openai.APIError as error:  # inside a stream that had begun
             return Outcome(200, {}, error.body if isinstance(error.body, dict) else {"message": str(error)})

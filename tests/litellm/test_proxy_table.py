@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ from upstream import Recorded, Upstream, _UpstreamHandler
 from vluna_llm.sandbox import Sandbox
 
 Expect = list[tuple[str, str]]
+VERSION = metadata.version("litellm")
+OLD = tuple(map(int, VERSION.split(".")[:2])) < (1, 100)
+NEVER_CACHED = {"images"}
+"""What LiteLLM asks the provider for every time, with us and without."""
+if OLD:
+    NEVER_CACHED |= {
+        "responses, stream",
+        "messages",
+        "messages, stream",
+        "messages on an OpenAI model, stream",
+    }
 
 
 class _Edge(Upstream):
@@ -101,8 +113,8 @@ def _config(upstream: _Edge) -> dict[str, Any]:
     down = upstream.replay("down", Recorded(500, "application/json", b'{"error": {"message": "down"}}', False))
 
     def model(name: str, concrete: str, base: str) -> dict[str, Any]:
-        params = {"model": concrete, "api_base": base, "api_key": "sk-upstream"}
-        return {"model_name": name, "litellm_params": params}
+        params = {"model": concrete, "api_base": base, "api_key": "sk-upstream", "max_retries": 0}
+        return {"model_name": name, "litellm_params": {**params, "num_retries": 0} if base == down else params}
 
     openai, anthropic = upstream.base_url, upstream.anthropic_base
     models = {
@@ -163,7 +175,8 @@ def failure(stage: Stage, route: Route) -> str:
     stage.upstream.behaviour = "bad"
     customer = stage.customer()
     got = stage.send(route, customer)
-    assert got.status == 400 and "provider_specific_fields" not in got.error
+    assert got.status == 400
+    assert "provider_specific_fields" not in got.error
     assert stage.asked() == 1
     stage.expect(customer, [(route.feature, "canceled")], [])
     return "400, cancelled"
@@ -174,7 +187,8 @@ def denial(stage: Stage, route: Route) -> str:
     stage.gate.set_credit(customer, 0)
     got = stage.send(route, customer)
     assert (got.status, got.vluna["reason"], got.vluna["status"]) == (402, "insufficient_credit", 402)
-    assert got.error["message"] == got.vluna["message"] and got.vluna["code"]
+    assert got.error["message"] == got.vluna["message"]
+    assert got.error.get("code", got.vluna["code"]) == got.vluna["code"]  # Anthropic's errors have none
     assert stage.asked() == 0
     stage.expect(customer, [], [])
     return "402"
@@ -210,9 +224,11 @@ def cache_hit(stage: Stage, route: Route) -> str:
     stage.expect(customer, [(route.feature, "closed")], [(route.feature, route.tokens)])
     got = stage.send(route, customer)
     assert (got.status, got.error) == (200, {})
-    if stage.asked() == 2:
+    if route.name in NEVER_CACHED:
+        assert stage.asked() == 2
         stage.expect(customer, [(route.feature, "closed")] * 2, [(route.feature, route.tokens)] * 2)
         return "never cached by LiteLLM"
+    assert stage.asked() == 1
     stage.expect(customer, [(route.feature, "closed"), (route.feature, "canceled")], [(route.feature, route.tokens)])
     return "free"
 
@@ -221,6 +237,8 @@ def retry(stage: Stage, route: Route) -> str:
     stage.upstream.behaviour = "flaky"
     customer = stage.customer()
     got = stage.send(route, customer)
+    if not route.retried:
+        return _not_retried(stage, route, customer, got)
     assert (got.status, got.error) == (200, {})
     assert stage.asked() == 2
     stage.expect(customer, [(route.feature, "closed")], [(route.feature, route.tokens)])
@@ -230,9 +248,18 @@ def retry(stage: Stage, route: Route) -> str:
 def fallback(stage: Stage, route: Route) -> str:
     customer = stage.customer()
     got = stage.send(route, customer, model=f"{route.model}-down")
+    if not route.retried:
+        return _not_retried(stage, route, customer, got)
     assert (got.status, got.error) == (200, {})
     stage.expect(customer, [(route.feature, "canceled"), (route.other, "closed")], [(route.other, route.tokens)])
     return f"two leases, charged {route.tokens}"
+
+
+def _not_retried(stage: Stage, route: Route, customer: str, got: Outcome) -> str:
+    assert got.status == 500
+    assert "provider_specific_fields" not in got.error
+    stage.expect(customer, [(route.feature, "canceled")], [])
+    return "LiteLLM does not: 500, cancelled"
 
 
 def nobody(stage: Stage, route: Route) -> str:
@@ -267,12 +294,9 @@ def test_the_books_are_right(stage: Stage, route: Route, situation: Callable[[St
 
 
 def _print(stage: Stage, config: pytest.Config) -> None:
-    import litellm
-
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     columns = list(dict.fromkeys(column for _, column in stage.cells))
-    version = getattr(litellm, "__version__", "") or __import__("importlib.metadata").metadata.version("litellm")
-    lines = ["", f"| LiteLLM {version}, proxy | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    lines = ["", f"| LiteLLM {VERSION}, proxy | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for row in dict.fromkeys(row for row, _ in stage.cells):
         lines.append(f"| {row} | " + " | ".join(stage.cells.get((row, column), "–") for column in columns) + " |")
     for line in lines:

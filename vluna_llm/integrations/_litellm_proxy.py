@@ -146,6 +146,19 @@ class ProxyHooks:
             self.vluna.internal_error("litellm.proxy.failure")
         return None
 
+    async def async_post_call_success_hook(self, data: dict[str, Any], user_api_key_dict: Any, response: Any) -> Any:
+        """The request is over and has an answer."""
+        self._answered(request_of(data))
+        return None
+
+    def _answered(self, call: LogicalCall | None) -> None:
+        """Give back what was admitted for a request whose answer no provider was asked for (``mock_response``)."""
+        try:
+            if call is not None and call.attempts == 0 and call.watched is None:
+                call.failed(None)
+        except Exception:
+            self.vluna.internal_error("litellm.proxy.answered")
+
     async def async_post_call_streaming_iterator_hook(
         self, user_api_key_dict: Any, response: Any, request_data: dict[str, Any]
     ) -> AsyncGenerator[Any, None]:
@@ -158,6 +171,7 @@ class ProxyHooks:
             if call is not None:
                 await self._left(call, response)
             raise
+        self._answered(call)
 
     async def _left(self, call: LogicalCall, response: Any) -> None:
         """Nobody reads on: close the provider's answer, which settles it at once by ``on_abort``."""
@@ -207,6 +221,7 @@ class ProxyHooks:
 
 _HOOKS = (
     "async_pre_call_hook",
+    "async_post_call_success_hook",
     "async_post_call_failure_hook",
     "async_post_call_streaming_iterator_hook",
     "async_post_call_response_headers_hook",

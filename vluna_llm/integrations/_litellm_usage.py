@@ -136,18 +136,21 @@ def usage_of(usage: Any, model_call: ModelCall) -> TokenUsage | None:
 
 
 def costs_nothing(response: Any, raw: object = None, kwargs: Mapping[str, Any] | None = None) -> bool:
-    """Whether no provider was paid for this answer: it came out of LiteLLM's cache, or was made up (``mock_response``).
+    """Whether no provider was paid for this answer: it came out of LiteLLM's cache.
 
     LiteLLM marks an answer as cached, too, of which only a part came from the cache (embeddings of many inputs):
     where a provider's body was seen (``raw``), one was paid, and its body says how much.
     """
-    if kwargs is not None and any(kwargs.get(name) for name in ("mock_response", "mock_tool_calls", "mock_timeout")):
-        return True
     if raw is not None:
         return False
     if getattr(response, "custom_llm_provider", None) == "cached_response":  # a stream out of the cache
         return True
-    return member(getattr(response, "_hidden_params", None), "cache_hit") is True
+    hidden = getattr(response, "_hidden_params", None)
+    if member(hidden, "cache_hit") is True or member(hidden, "cache_key"):  # 1.83 marks a text completion by the key
+        return True
+    # An Anthropic message is a plain dict and bears no mark: the call's logging object does, where one was handed on.
+    logging = None if kwargs is None else kwargs.get("litellm_logging_obj")
+    return member(getattr(logging, "caching_details", None), "cache_hit") is True
 
 
 def pending(response: Any) -> bool:

@@ -1,0 +1,203 @@
+"""Who pays for a request of the proxy: the mapping, its default, its mistakes, and what a client may not say."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vluna_llm.context import CallContext
+from vluna_llm.errors import ConfigurationError
+from vluna_llm.integrations._litellm_identity import (
+    IDENTITY_VARIABLE,
+    TRUST_VARIABLE,
+    Identity,
+    make_identity,
+    strip_client_identity,
+)
+
+FIELDS = ("token", "key_alias", "team_id", "org_id", "user_id", "end_user_id", "metadata", "team_metadata")
+
+
+def auth(**known: Any) -> Any:
+    """What LiteLLM's authentication knows of a key."""
+    return SimpleNamespace(**dict.fromkeys(FIELDS) | known)
+
+
+def who(identity: Identity, known: Any, **data: Any) -> CallContext:
+    """Who pays for a request."""
+    return asyncio.run(identity.of(known, data))
+
+
+# -- the default -------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_goes_from_the_key_to_the_user() -> None:
+    """An entry of the key's metadata, then of the team's, then the team, then the user."""
+    known = auth(
+        metadata={"vluna": {"principal_id": "of the key"}},
+        team_metadata={"vluna": "of the team"},
+        team_id="team",
+        user_id="user",
+    )
+    identity = make_identity()
+    assert who(identity, known).principal_id == "of the key"
+    known.metadata = {}
+    assert who(identity, known).principal_id == "of the team"
+    known.team_metadata = None
+    assert who(identity, known).principal_id == "team"
+    known.team_id = None
+    assert who(identity, known).principal_id == "user"
+
+
+def test_one_purse_for_each_customer_by_default() -> None:
+    """The user of the proxy is no purse of its own, unless somebody says so."""
+    assert who(make_identity(), auth(team_id="team", user_id="user")).user_id is None
+
+
+@pytest.mark.parametrize("name", ["default_user_id", "litellm-dashboard", "litellm-internal-health-check"])
+@pytest.mark.parametrize("field", ["user_id", "team_id"])
+def test_litellm_itself_is_no_customer(field: str, name: str) -> None:
+    """The holder of the master key, the dashboard and the health checks are nobody."""
+    assert who(make_identity(), auth(**{field: name})).principal_id is None
+
+
+def test_an_entry_says_more_than_who_pays() -> None:
+    """The purse, the budget, the feature and labels; the team fills in what the key leaves open."""
+    known = auth(
+        metadata={"vluna": {"user_id": "purse", "labels": {"plan": "gold"}}},
+        team_metadata={"vluna": {"principal_id": "acme", "feature_code": "chat", "labels": {"plan": "lead", "a": 1}}},
+    )
+    found = who(make_identity(), known)
+    assert (found.principal_id, found.user_id, found.feature_code) == ("acme", "purse", "chat")
+    assert dict(found.labels) == {"plan": "gold", "a": "1"}
+
+
+@pytest.mark.parametrize(
+    "entry", [{"principal": "x"}, {"principal_id": "é\u2603"}, {"principal_id": ""}, {"labels": 1}]
+)
+def test_an_entry_that_could_never_be_billed_is_a_mistake(entry: Any) -> None:
+    """It is not taken for nobody: the operator is told."""
+    with pytest.raises(ConfigurationError):
+        who(make_identity(), auth(metadata={"vluna": entry}, team_id="team"))
+
+
+# -- what the client writes --------------------------------------------------------------------------------------------
+
+
+def test_the_client_names_at_most_the_end_user() -> None:
+    """``user``, metadata and what LiteLLM made of them are a label and nothing else."""
+    data = {"user": "eve", "metadata": {"vluna": {"principal_id": "rich"}}, "litellm_metadata": {"vluna": "rich"}}
+    found = who(make_identity(), auth(team_id="team"), **data)
+    assert (found.principal_id, found.user_id, found.end_user) == ("team", None, "eve")
+    assert who(make_identity(), auth(team_id="team", end_user_id="bob"), user="eve").end_user == "bob"
+    assert who(make_identity(), auth(end_user_id="rich")).principal_id is None
+
+
+@pytest.mark.parametrize("word", ["\u2603", " x ", "x" * 300, "", 7, {"a": 1}])
+def test_an_end_user_that_cannot_be_stored_refuses_nobody(word: Any) -> None:
+    """The client's words are no reason to fail."""
+    assert who(make_identity(), auth(team_id="team"), user=word).principal_id == "team"
+
+
+def test_the_end_user_pays_only_where_clients_are_trusted() -> None:
+    """LiteLLM reads it from the body and from headers."""
+    with pytest.raises(ConfigurationError, match=TRUST_VARIABLE):
+        make_identity("end_user_id, team_id")
+    identity = make_identity("end_user_id, team_id", trust_client=True)
+    assert who(identity, auth(end_user_id="eve", team_id="team")).principal_id == "eve"
+
+
+def test_trusted_clients_may_name_the_customer() -> None:
+    """In either metadata, also as text; without a word of theirs the key is asked."""
+    identity = make_identity(trust_client=True)
+    assert who(identity, auth(team_id="team"), metadata={"vluna": {"principal_id": "eve"}}).principal_id == "eve"
+    assert who(identity, auth(team_id="team"), metadata=json.dumps({"vluna": "eve"})).principal_id == "eve"
+    assert who(identity, auth(team_id="team"), metadata={"vluna": {"user_id": "purse"}}).user_id == "purse"
+    assert who(identity, auth(team_id="team")).principal_id == "team"
+
+
+def test_what_a_client_wrote_is_taken_out() -> None:
+    """Everywhere where it would be read or passed on; what the proxy knows of the key is left as it is."""
+    known = {"vluna": {"principal_id": "mine"}}
+    data = {
+        "metadata": {
+            "vluna": {"principal_id": "x"},
+            "mine": 1,
+            "requester_metadata": {"vluna": 1, "kept": 2},
+            "user_api_key_metadata": known,
+            "headers": {"X-Vluna-Principal-Id": "x", "x-other": "y"},
+        },
+        "litellm_metadata": json.dumps({"vluna": "x", "a": {"b": 1}, "metadata": json.dumps({"vluna": 2, "c": 3})}),
+        "extra_body": {"metadata": {"vluna": 1, "d": 4}},
+        "headers": {"x-vluna-user-id": "x", "x-other": "y"},
+    }
+    strip_client_identity(data)
+    assert data["metadata"] == {
+        "mine": 1,
+        "requester_metadata": {"kept": 2},
+        "user_api_key_metadata": {"vluna": {"principal_id": "mine"}},
+        "headers": {"x-other": "y"},
+    }
+    assert json.loads(data["litellm_metadata"]) == {"a": {"b": 1}, "metadata": json.dumps({"c": 3})}
+    assert data["extra_body"] == {"metadata": {"d": 4}}
+    assert data["headers"] == {"x-other": "y"}
+
+
+@pytest.mark.parametrize("odd", [None, 7, "not json about vluna", "[1]", "\\u0000", [], {"metadata": None}])
+def test_odd_metadata_is_left_alone(odd: Any) -> None:
+    """Nothing of ours breaks a request."""
+    data = {"metadata": copy.deepcopy(odd)}
+    strip_client_identity(data)
+    assert data == {"metadata": odd}
+
+
+def test_an_escaped_name_is_seen_through() -> None:
+    """JSON can write every letter as a number."""
+    data: dict[str, Any] = {"metadata": '{"\\u0076luna": {"principal_id": "x"}, "a": 1}'}
+    strip_client_identity(data)
+    assert json.loads(data["metadata"]) == {"a": 1}
+
+
+# -- how it is said ----------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For ``proxy_callback``, which nobody constructs: names of fields, or JSON."""
+    monkeypatch.setenv(IDENTITY_VARIABLE, "metadata.customer, org_id")
+    assert who(make_identity(), auth(org_id="org", team_id="team")).principal_id == "org"
+    assert who(make_identity(), auth(metadata={"customer": 17}, org_id="org")).principal_id == "17"
+    monkeypatch.setenv(
+        IDENTITY_VARIABLE, '{"principal_id": "team_id", "user_id": ["user_id"], "labels": {"key": "key_alias"}}'
+    )
+    found = who(make_identity(), auth(team_id="team", user_id="user", key_alias="laptop"))
+    assert (found.principal_id, found.user_id, dict(found.labels)) == ("team", "user", {"key": "laptop"})
+    monkeypatch.setenv(TRUST_VARIABLE, "true")
+    assert make_identity().trust_client
+    monkeypatch.setenv(TRUST_VARIABLE, "maybe")
+    with pytest.raises(ConfigurationError, match="true or false"):
+        make_identity()
+
+
+@pytest.mark.parametrize("said", ["{", '{"principal": "x"}', "a,,b", '{"labels": {"a": 1}}', [1], 7])
+def test_what_cannot_be_understood_is_one_sentence(said: Any) -> None:
+    """At once, not at the first request."""
+    with pytest.raises(ConfigurationError):
+        make_identity(said)
+
+
+def test_a_function_may_decide() -> None:
+    """A plain one or a coroutine; a principal, a mapping, or nobody."""
+
+    async def look_up(known: Any) -> Any:
+        await asyncio.sleep(0)
+        return {"principal_id": f"customer of {known.token}", "user_id": "purse"}
+
+    found = who(make_identity(look_up), auth(token="abc"))
+    assert (found.principal_id, found.user_id) == ("customer of abc", "purse")
+    assert who(make_identity(lambda known: known.org_id), auth(org_id="org", team_id="t")).principal_id == "org"
+    assert who(make_identity(lambda known: None), auth(team_id="team")).principal_id is None

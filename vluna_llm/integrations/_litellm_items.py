@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -369,7 +370,7 @@ class LateCall:
         except BaseException as error:
             self._watch.broke(error)
             raise
-        return self._awaited(made) if asyncio.iscoroutine(made) else self._observed(made)
+        return self._awaited(made) if inspect.iscoroutine(made) else self._observed(made)
 
     async def _awaited(self, made: Any) -> Any:
         try:

@@ -12,6 +12,7 @@ stream are observed instead (`_litellm_items`). A stream that LiteLLM makes up f
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Awaitable, Callable
 from types import AsyncGeneratorType, FrameType, GeneratorType
 from typing import Any, Final, Literal
@@ -162,12 +163,16 @@ def _watch(
 
 def _tap_below(made: Any, stream: Any, call: LogicalCall, bill: Bill, is_async: bool) -> bool:
     """Observe the response below ``made``; False where there is none yet. The consumer reads ``stream``."""
-    _let_go(stream)
+    _let_go()
     http = open_response(made)
     if http is None:
         return False
     if _tap(http, call, bill, is_async):
-        tell_end(stream, http.stream._watch, http, is_async=is_async)
+        watch = http.stream._watch
+        tell_end(stream, watch, http, is_async=is_async)
+        if stream is not None:
+            # LiteLLM's logging holds on to the response itself, and contexts of its background tasks to its logging.
+            weakref.finalize(stream, watch.forgotten).atexit = False
     return True
 
 
@@ -215,8 +220,8 @@ def _is_free(response: Any) -> bool:
     )
 
 
-def _let_go(stream: Any) -> None:
-    """Make LiteLLM forget the stream where it keeps its latest one for ever: the consumer alone is to hold it.
+def _let_go() -> None:
+    """Make LiteLLM forget its latest call, which it keeps for ever: the consumer alone is to hold a stream.
 
     That is ``litellm.error_logs`` of 1.83, which nothing reads. A stream that is held there is never collected, and
     that it was left is never noticed.
@@ -224,12 +229,9 @@ def _let_go(stream: Any) -> None:
     import litellm
 
     kept = getattr(litellm, "error_logs", None)
-    log = getattr(stream, "logging_obj", None)
-    if not kept or log is None:
-        return
-    for name in ("PRE_CALL", "POST_CALL"):
-        if isinstance(entry := kept.get(name), dict) and entry.get("self") is log:
-            kept.pop(name, None)
+    if isinstance(kept, dict):
+        kept.pop("PRE_CALL", None)
+        kept.pop("POST_CALL", None)
 
 
 def open_response(found: Any) -> Any:

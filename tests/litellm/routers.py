@@ -23,7 +23,8 @@ SETTINGS: dict[str, Any] = {"num_retries": 2, "retry_after": 0, "allowed_fails":
 
 
 class Early(Upstream):
-    """An upstream with one more misbehaviour: ``error_first``, an error event before any content."""
+    """An upstream that can also send an error and then nothing: at once, always (``error_first``) or the first time
+    (``error_once``), or after three words of a chat (``error_last``)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,23 +32,35 @@ class Early(Upstream):
 
 
 class _EarlyHandler(_UpstreamHandler):
+    def _early(self) -> bool:
+        how = self.owner.behaviour
+        return how == "error_first" or (how == "error_once" and not self._flaked())
+
     def _chat_events(self, body: dict[str, Any], model: str) -> Iterator[str]:
-        if self.owner.behaviour == "error_first":
-            yield _data({"error": {"message": "overloaded", "type": "server_error", "code": None}})
-        yield from super()._chat_events(body, model)
+        error = _data({"error": {"message": "overloaded", "type": "server_error", "code": None}})
+        if self._early():
+            yield error
+            return
+        for number, event in enumerate(super()._chat_events(body, model)):
+            yield event
+            if self.owner.behaviour == "error_last" and number == 3:
+                yield error
+                return
 
     def _response_events(self, body: dict[str, Any], response_id: str) -> Iterator[str]:
+        early = self._early()
         for event in super()._response_events(body, response_id):
             yield event
-            if self.owner.behaviour == "error_first":
+            if early:
                 error = {"message": "overloaded", "type": "server_error", "code": "server_error"}
-                yield "event: error\n" + _data({"type": "error", "sequence_number": 2, "error": error, **error})
+                yield "event: error\n" + _data({"type": "error", "sequence_number": 2, "error": error})
                 return
 
     def _message_events(self, body: dict[str, Any]) -> Iterator[str]:
+        early = self._early()
         for event in super()._message_events(body):
             yield event
-            if self.owner.behaviour == "error_first":
+            if early:
                 error = {"type": "overloaded_error", "message": "Overloaded"}
                 yield "event: error\n" + _data({"type": "error", "error": error})
                 return

@@ -71,8 +71,9 @@ def serves_everybody(target: Any, pair: Pair, *, is_async: bool, both: bool, cus
 
 
 @COLOURS
-@STREAMS
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "stream"), [(strategy, False) for strategy in STRATEGIES] + [("simple-shuffle", True)]
+)
 def test_a_hundred_denials_cool_nothing_down(
     strategy: str, stream: bool, is_async: bool, pair: Pair, metered: Vluna, shared_gate: Sandbox, customer: str
 ) -> None:
@@ -358,6 +359,26 @@ def test_off_asks_nothing(pair: Pair, metered: Vluna, shared_gate: Sandbox, book
         chat(target, is_async=False)
         chat(target, is_async=True, stream=True)
     books.nothing()
+
+
+def test_without_wrappers_a_denial_cools_nothing_down_either(
+    pair: Pair, vluna: Vluna, make_callback: Callable[..., Any], shared_gate: Sandbox, customer: str
+) -> None:
+    """``install=False``: LiteLLM's own hook refuses asynchronous calls, for each model group that LiteLLM tries."""
+    make_callback(vluna, install=False)
+    shared_gate.set_credit(customer, 0)
+    target = eager(pair, num_retries=2)
+
+    async def main() -> None:
+        for _ in range(20):
+            with pytest.raises(GateDenied):
+                await target.acompletion(model="chat", messages=MESSAGES)
+        await asyncio.sleep(0.1)
+
+    with call_context(principal_id=customer):
+        asyncio.run(main())
+    assert pair.asked == (0, 0)
+    serves_everybody(target, pair, is_async=True, both=True, customer=customer)
 
 
 def test_uninstalled_it_is_litellms_own(vluna: Vluna, pair: Pair, make_callback: Callable[..., Any]) -> None:

@@ -101,6 +101,20 @@ class Route:
         """The same call, taken up once more after its method has returned: a fallback continues a broken stream."""
         return Route(self.call, self.kind, is_async=self.is_async)
 
+    def leave_stream(self) -> None:
+        """A stream of this call broke, and something else is tried: what follows is another operation.
+
+        LiteLLM may hold on to the broken stream for as long as the next one lives. Usage that it has seen counts, since
+        usage outranks a failure.
+        """
+        call = self.call
+        operation = None if call is None else call.operation
+        if call is None or operation is None or call.watched is not operation:
+            return
+        if not operation.ended and not call.slot.claimed:
+            operation.fail()
+        call.slot.offer(None)
+
     # -- before an attempt -------------------------------------------------------------------------------------------
 
     def plan(self, deployment: Any, arguments: Mapping[str, Any]) -> ModelCall | None:

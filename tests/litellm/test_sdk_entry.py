@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import litellm
@@ -13,21 +12,15 @@ from books import FEATURE, MESSAGES, MODEL, Books
 from provider import Provider
 
 from vluna_llm import Vluna, call_context
-from vluna_llm.errors import GateDenied
-
-Program = Callable[[str, dict[str, Any]], Any]
+from vluna_llm.errors import GateDenied, GateUnavailable
 
 
 def options(provider: Provider, **more: Any) -> dict[str, Any]:
     return {"api_base": provider.base_url, "api_key": "sk-test", **more}
 
 
-def drain(answer: Any) -> Any:
-    return list(answer) if hasattr(answer, "__next__") or hasattr(answer, "__iter__") else answer
-
-
-async def adrain(answer: Any) -> Any:
-    return [item async for item in answer]
+async def _all(stream: Any) -> list[Any]:
+    return [item async for item in stream]
 
 
 CHAT: dict[str, Any] = {"model": f"openai/{MODEL}", "messages": MESSAGES}
@@ -105,6 +98,80 @@ def test_a_refusal_comes_before_the_provider(
     assert scope.last_denial is error
     assert provider.requests == []
     books.nothing()
+
+
+@pytest.mark.parametrize("behaviour", ["refuses_option", "refuses_everything_new"])
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_an_upstream_that_refuses_to_tell_usage(
+    is_async: bool, behaviour: str, metered: Vluna, provider: Provider, books: Books
+) -> None:
+    """The call is made again without the option, once; this upstream is not asked any more; an estimate is charged."""
+    provider.behaviour = behaviour
+    given = {**CHAT, **options(provider, max_retries=0), "stream": True, "api_base": f"{provider.base_url}/{behaviour}"}
+    given["api_base"] += "/async" if is_async else ""
+    books.run(metered, lambda: make("completion", given, is_async=is_async))
+    books.run(metered, lambda: make("completion", given, is_async=is_async))
+    assert len(provider.posts()) == 3
+    assert [state for _, state in books.leases] == ["closed", "closed"]
+    assert {entry.labels["usage_source"] for entry in books.gate.booked(books.customer).entries} == {"estimated"}
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_settled_inline_the_receipt_is_there_with_the_answer(
+    stream: bool, is_async: bool, make_vluna: Any, make_callback: Any, provider: Provider, books: Books
+) -> None:
+    """``settle="inline"``: who has the whole answer has the receipt."""
+    vluna = make_vluna(settle="inline")
+    make_callback(vluna)
+    with call_context(principal_id=books.customer) as scope:
+        make("completion", {**CHAT, **options(provider), "stream": stream}, is_async=is_async)
+        assert [receipt.state for receipt in scope.receipts] == ["booked"]
+    books.once()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_sync_messages_of_anthropic(stream: bool, metered: Vluna, provider: Provider, books: Books) -> None:
+    """``litellm.anthropic.messages.create``: refused before the provider, settled once."""
+
+    def work() -> None:
+        answer: Any = litellm.anthropic.messages.create(**ANTHROPIC, **options(provider), stream=stream)
+        if stream:
+            assert list(answer) if hasattr(answer, "__next__") else asyncio.run(_all(answer))
+
+    books.run(metered, work)
+    books.once()
+    books.gate.set_credit(books.customer, 0)
+    with call_context(principal_id=books.customer), pytest.raises(GateDenied):
+        work()
+    assert len(provider.posts()) == 1
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_without_a_gate(
+    allowed: bool, is_async: bool, make_vluna: Any, make_callback: Any, provider: Provider, books: Books
+) -> None:
+    """No gate: by default the call goes on, ungated; with ``deny`` it is refused before the provider."""
+    vluna = Vluna(
+        base_url="http://127.0.0.1:9/mgt/v1",
+        realm_id="r",
+        key_id="k",
+        key_secret="c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0czI=",
+        outbox="memory",
+        authorize_deadline=0.5,
+        on_gate_unavailable="allow" if allowed else "deny",
+    )
+    make_callback(vluna)
+    with call_context(principal_id=books.customer):
+        if allowed:
+            make("completion", {**CHAT, **options(provider)}, is_async=is_async)
+        else:
+            with pytest.raises(GateUnavailable) as caught:
+                make("completion", {**CHAT, **options(provider)}, is_async=is_async)
+            assert (caught.value.status_code, caught.value.gate_status) == (400, None)  # type: ignore[attr-defined]
+    assert len(provider.posts()) == (1 if allowed else 0)
+    vluna.close(0.1)
 
 
 @pytest.mark.parametrize("name", ["completion", "acompletion", "responses", "aresponses", "embedding", "aembedding"])

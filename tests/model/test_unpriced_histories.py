@@ -74,8 +74,8 @@ def story(world: World, kind: str, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("kind", ["one", "job", "background"])
-def test_what_is_booked_as_0_on_the_way_is_charged_once_in_the_end(kind: str) -> None:
-    logging.getLogger("vluna_llm").setLevel(logging.CRITICAL)
+def test_what_is_booked_as_0_on_the_way_is_charged_once_in_the_end(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL, "vluna_llm")
     SEEN.clear()
     for number in range(40):
         with World() as world:

@@ -374,7 +374,7 @@ def test_an_answer_that_is_lost_doubles_nothing(
     host.ask("work", customers=["ann", "bob", "cid"], each=2)
     assert host.ask("flush", seconds=30)
     assert_booked_once(gate, 7)
-    assert cutter.cut == times
+    until(lambda: cutter.cut == times, "the answer was lost")  # lanes are given back when all is settled
     assert "vluna.internal_error" not in host.ask("counts")
     cutter.close()
 

@@ -66,11 +66,14 @@ def watch(response: Any, call: LogicalCall, model_call: ModelCall, *, asked_usag
         What the caller is given: the same object, or for a bare generator another generator.
     """
     operation = call.operation
-    if operation is None or call.slot.claimed:
+    if operation is None:
         return response
     try:
         if call.slot.passed_on:
             operation.fail()
+        if call.slot.passed_on or call.slot.claimed:
+            _let_go()
+            _follow(response, open_response(response), is_async)
             return response
         if call.watched is operation:
             return response
@@ -130,7 +133,9 @@ class Bill:
 
     def abandon(self, ending: Callable[[], Ending]) -> None:
         """The answer was forgotten."""
-        if not self.claimed:
+        if self.passed_on:
+            self._operation.abandon(lambda: Ending(how="error"))
+        elif not self.claimed:
             given_up = is_background(self._model_call)
             self._operation.abandon((lambda: given_up_on(ending())) if given_up else ending)
 
@@ -167,13 +172,24 @@ def _tap_below(made: Any, stream: Any, call: LogicalCall, bill: Bill, is_async: 
     http = open_response(made)
     if http is None:
         return False
-    if _tap(http, call, bill, is_async):
-        watch = http.stream._watch
-        tell_end(stream, watch, http, is_async=is_async)
-        if stream is not None:
-            # LiteLLM's logging holds on to the response itself, and contexts of its background tasks to its logging.
-            weakref.finalize(stream, watch.forgotten).atexit = False
+    if _is_tapped(http) or _tap(http, call, bill, is_async):
+        _follow(stream, http, is_async)
     return True
+
+
+def _is_tapped(http: Any) -> bool:
+    """Whether a stream of ours is there already: that of a metered client, which settles by itself."""
+    return hasattr(http.stream, "_watch")
+
+
+def _follow(stream: Any, http: Any, is_async: bool) -> None:
+    """Have what is below told when LiteLLM ends the stream, and when the consumer drops it."""
+    if stream is None or http is None or not _is_tapped(http):
+        return
+    watch = http.stream._watch
+    tell_end(stream, watch, http, is_async=is_async)
+    # LiteLLM's logging holds on to the response itself, and contexts of its background tasks to its logging.
+    weakref.finalize(stream, watch.forgotten).atexit = False
 
 
 def _tap(http: Any, call: LogicalCall, bill: Bill, is_async: bool) -> bool:

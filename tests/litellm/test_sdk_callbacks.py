@@ -67,6 +67,11 @@ class Other(CustomLogger):
         super().__init__()
         self.told: list[Any] = []
 
+    def told_of(self, customer: str) -> list[Any]:
+        """The calls of this customer: LiteLLM delivers events of a loop that is gone in the next one."""
+        found = [(kwargs, (kwargs["litellm_params"].get("metadata") or {}).get("vluna")) for kwargs in self.told]
+        return [kwargs for kwargs, trace in found if trace is not None and trace["principal_id"] == customer]
+
     def log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
         self.told.append(kwargs)
 
@@ -90,7 +95,7 @@ def test_other_callbacks_see_what_it_cost(
         if stream:
             assert [part async for part in answer]
         for _ in range(40):
-            if other.told:
+            if other.told_of(books.customer):
                 break
             await asyncio.sleep(0.05)
 
@@ -103,8 +108,8 @@ def test_other_callbacks_see_what_it_cost(
     books.once()
     (receipt,) = scope.receipts
     assert answers[0]._hidden_params["vluna_operation_id"] == receipt.operation_id
-    assert eventually(lambda: bool(other.told))
-    for kwargs in other.told:
+    assert eventually(lambda: bool(other.told_of(books.customer)))
+    for kwargs in other.told_of(books.customer):
         told = kwargs["litellm_params"]["metadata"]["vluna"]
         assert told["operation_id"] == receipt.operation_id
         assert (told["state"], told["charged_xusd"]) == ("booked", receipt.charged_xusd)
@@ -113,15 +118,22 @@ def test_other_callbacks_see_what_it_cost(
 
 
 def test_beside_opentelemetry(vluna: Vluna, make_callback: Any, provider: Provider, books: Books) -> None:
-    """LiteLLM's own OpenTelemetry callback: it works on, and the call is settled once."""
+    """LiteLLM's own OpenTelemetry callback: it works on, names operation and amount, and the call is settled once."""
     pytest.importorskip("opentelemetry.sdk")
     from litellm.integrations.opentelemetry import OpenTelemetry, OpenTelemetryConfig
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     spans = InMemorySpanExporter()
     make_callback(vluna, OpenTelemetry(config=OpenTelemetryConfig(exporter=spans)))
-    books.run(vluna, lambda: litellm.completion(**CHAT, api_base=provider.base_url))
+    scope = books.run(vluna, lambda: litellm.completion(**CHAT, api_base=provider.base_url))
     books.once()
+    (receipt,) = scope.receipts
+
+    def told() -> list[str]:
+        return [str((span.attributes or {}).get("metadata.vluna", "")) for span in spans.get_finished_spans()]
+
+    assert eventually(lambda: any(receipt.operation_id in text for text in told()))
+    assert any(f"'charged_xusd': {receipt.charged_xusd}" in text for text in told())
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 from typing import Any
 
 import litellm
@@ -132,15 +133,17 @@ def test_settled_inline_the_receipt_is_there_with_the_answer(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_sync_messages_of_anthropic(stream: bool, metered: Vluna, provider: Provider, books: Books) -> None:
-    """``litellm.anthropic.messages.create``: refused before the provider, settled once."""
+    """``litellm.anthropic.messages.create``: refused before the provider, settled once. (1.83 breaks its own stream of
+    an OpenAI model after the first event, so there is nothing to charge.)"""
+    breaks = stream and "litellm.chat_completions.dispatch" not in sys.modules
 
     def work() -> None:
         answer: Any = litellm.anthropic.messages.create(**ANTHROPIC, **options(provider), stream=stream)
         if stream:
             assert list(answer) if hasattr(answer, "__next__") else asyncio.run(_all(answer))
 
-    books.run(metered, work)
-    books.once()
+    books.run(metered, work, collect=breaks)
+    books.cancelled() if breaks else books.once()
     books.gate.set_credit(books.customer, 0)
     with call_context(principal_id=books.customer), pytest.raises(GateDenied):
         work()

@@ -9,7 +9,7 @@ import litellm
 import pytest
 from books import Books
 from provider import Provider
-from streaming import APIS, CHAT, RESPONSES, Api, run, settled, whole
+from streaming import APIS, CHAT, RESPONSES, Api, run, settled, settled_without_collecting, whole
 
 from vluna_llm import Vluna
 
@@ -26,7 +26,7 @@ def test_a_stream_read_to_its_end_is_charged_by_the_providers_numbers(
     """Exactly what the provider reported last, although nobody asked it to; settled before the reader is done."""
     provider.pause = 0.01
     provider.behaviour = "slow"
-    settled(metered, books, lambda: run(api, whole, provider, is_async=is_async))
+    settled_without_collecting(metered, books, lambda: run(api, whole, provider, is_async=is_async))
     books.once()
     assert len(provider.posts()) == 1
 
@@ -182,7 +182,7 @@ def test_litellms_own_error_over_a_stream_costs_nothing(
         with pytest.raises(Exception, match="LLM Response failed post-call-rule check"):
             run(CHAT_API, whole, provider, is_async=is_async)
 
-    settled(metered, books, work)
+    settled_without_collecting(metered, books, work)
     books.cancelled()
 
 

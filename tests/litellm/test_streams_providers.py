@@ -14,7 +14,7 @@ import litellm
 import pytest
 from books import MESSAGES, Books
 from litellm.types.utils import GenericStreamingChunk
-from streaming import Api, Reader, never, run, settled, two, whole
+from streaming import Api, Reader, never, run, settled, settled_without_collecting, two, whole
 from upstream import Recorded, Upstream
 
 from vluna_llm import Vluna, call_context
@@ -78,7 +78,8 @@ def test_aclose_of_an_anthropic_stream_settles_at_once(metered: Vluna, upstream:
         await two(reader)
         await reader.stream.aclose()
 
-    books.run(metered, lambda: run(ANTHROPIC, close, upstream, is_async=True, api_base=upstream.anthropic_base))
+    base = upstream.anthropic_base
+    settled_without_collecting(metered, books, lambda: run(ANTHROPIC, close, upstream, is_async=True, api_base=base))
     books.cancelled(FEATURE)
 
 

@@ -590,7 +590,12 @@ class Outage:
     def __enter__(self) -> None:
         self._allow("false")
         with psycopg.connect(self._uri, autocommit=True) as db:
-            db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (self._name,))
+            # Who waits for a lock goes first, and not on with what it waited for when its holder has gone.
+            db.execute(
+                "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity WHERE datname = %s "
+                "ORDER BY wait_event_type = 'Lock' DESC NULLS LAST) AS backend",
+                (self._name,),
+            )
 
     def __exit__(self, *_: object) -> None:
         self._allow("true")

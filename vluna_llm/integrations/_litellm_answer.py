@@ -121,9 +121,13 @@ def refused(error: VlunaError) -> Exception:
 @lru_cache(maxsize=1)
 def _refused_class() -> type[Exception]:
     from litellm.proxy._types import ProxyException
+    from litellm.proxy.common_request_processing import HTTPException  # FastAPI's own
 
-    class Refused(ProxyException):  # type: ignore[misc]
-        """LiteLLM 1.106 answers with what ``to_dict`` gives; 1.83 reads the attributes one by one."""
+    class Refused(ProxyException, HTTPException):  # type: ignore[misc]
+        """LiteLLM 1.106 answers with what ``to_dict`` gives; 1.83 reads the attributes one by one.
+
+        Also an `HTTPException`: by that LiteLLM knows a refusal of the proxy's own, which alerts nobody.
+        """
 
         def __init__(self, error: VlunaError) -> None:
             self.answer = answer_to(error)
@@ -136,7 +140,7 @@ def _refused_class() -> type[Exception]:
                 headers=self.answer.headers(),
                 provider_specific_fields=told["provider_specific_fields"],
             )
-            self.status_code = self.answer.status
+            self.status_code, self.detail = self.answer.status, self.answer.message
             self.error = error
 
         def to_dict(self) -> dict[str, Any]:

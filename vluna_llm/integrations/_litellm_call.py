@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -31,6 +32,7 @@ class LogicalCall:
         watched: the operation that the end of a stream settles, once there is one.
         asked_usage: usage was asked for on the caller's behalf by an attempt at this call.
         unasked: upstreams that refused to be asked for usage in this call.
+        source: the response below the stream that is watched, as long as somebody reads it.
         driver: the method of a Router that works on it: another one at the same time is a call of its own.
     """
 
@@ -43,6 +45,7 @@ class LogicalCall:
         self.watched: Operation | None = None
         self.asked_usage = False
         self.unasked: set[str] = set()
+        self.source: weakref.ref[Any] | None = None
         self.driver: object | None = None
         self.refused: VlunaError | None = None
         self._within = 0

@@ -88,8 +88,7 @@ class Identity:
             _merge(found, _entry(_client_entry(data), "the request's metadata.vluna"))
         if found.get("principal_id") is None:
             if self.function is not None:
-                answer = self.function(auth)
-                _merge(found, _entry(await answer if isawaitable(answer) else answer, "the identity function"))
+                _merge(found, _entry(await _asked(self.function, auth), "the identity function"))
             else:
                 for path in self.principal_id:
                     _merge(found, _entry(_look(auth, path), path))
@@ -159,6 +158,14 @@ def strip_client_identity(data: dict[str, Any]) -> None:
         if isinstance(headers, dict):
             for name in [name for name in headers if str(name).lower().startswith("x-vluna-")]:
                 del headers[name]
+
+
+async def _asked(function: IdentityFunction, auth: Any) -> Any:
+    try:
+        answer = function(auth)
+        return await answer if isawaitable(answer) else answer
+    except Exception as error:
+        raise ConfigurationError(f"The identity function failed: {type(error).__name__}: {error}") from error
 
 
 def _stripped(value: Any, depth: int) -> Any:

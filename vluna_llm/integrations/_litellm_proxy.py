@@ -24,7 +24,6 @@ from ._litellm_call import LogicalCall, current_request, enter_request, request_
 from ._litellm_entry import METERED, UNMETERED
 from ._litellm_identity import Identity, strip_client_identity
 from ._litellm_models import model_call_of
-from ._litellm_stream import open_response
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -164,8 +163,10 @@ class ProxyHooks:
     ) -> AsyncGenerator[Any, None]:
         """Hand a stream on as it is, and see that its client leaves it."""
         call = request_of(request_data)
+        operation = call.operation if call is not None else None
+        drains = operation is not None and operation.on_abort == "drain"
         try:
-            async for item in response:
+            async for item in _steadily(response) if drains else response:
                 yield item
         except (GeneratorExit, asyncio.CancelledError):
             if call is not None:
@@ -182,7 +183,7 @@ class ProxyHooks:
             if operation is None or operation.ended or call.slot.claimed:
                 return
             with anyio.CancelScope(shield=True), anyio.move_on_after(LEAVE_SECONDS):
-                source = open_response(response)
+                source = call.source() if call.source is not None else None
                 if source is not None:
                     await source.aclose()
                     return
@@ -236,6 +237,28 @@ def _is_overridden(cls: type, name: str) -> bool:
         if name in vars(base) and issubclass(base, ProxyHooks):
             return True
     return False
+
+
+async def _steadily(response: Any) -> AsyncGenerator[Any, None]:
+    """Read so that a cancelled request never cancels a read: a stream that was cut in one could not be read on."""
+    import anyio
+
+    source = response.__aiter__()
+    while True:
+        step = asyncio.ensure_future(source.__anext__())
+        try:
+            item = await asyncio.shield(step)
+        except StopAsyncIteration:
+            return
+        except asyncio.CancelledError:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({step}, timeout=LEAVE_SECONDS)
+            if not step.done():
+                step.cancel()
+            elif not step.cancelled():
+                step.exception()  # nobody is left to see it
+            raise
+        yield item
 
 
 def _unmetered(vluna: Vluna, payer: CallContext, call_type: str) -> None:

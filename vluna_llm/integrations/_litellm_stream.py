@@ -205,6 +205,7 @@ def _tap(http: Any, call: LogicalCall, bill: Bill, is_async: bool) -> bool:
     if not hasattr(http.stream, "__iter__") or not hasattr(http.stream, "__aiter__"):
         is_async = hasattr(http.stream, "__aiter__")  # an async function of LiteLLM may have asked in a thread
     tap(http, bill, url=url, hide_usage_chunk=False, report=report, is_async=is_async, reader=reader)
+    call.source = weakref.ref(http)
     return True
 
 

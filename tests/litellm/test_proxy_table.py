@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("fastapi", reason="LiteLLM's proxy is not installed: pip install 'litellm[proxy]'")
 pytest.importorskip("apscheduler", reason="LiteLLM's proxy is not installed: pip install 'litellm[proxy]'")
 
-from books import Books, eventually
+from books import TABLES, Books, eventually
 from provider import _data
 from proxy import MASTER_KEY, LiteLLMProxy, key
 from proxy_paths import ROUTES, Outcome, Route, leave, send
@@ -39,6 +39,9 @@ if OLD:
         "messages, stream",
         "messages on an OpenAI model, stream",
     }
+
+
+_CELLS: dict[tuple[str, str], str] = {}
 
 
 class _Edge(Upstream):
@@ -69,12 +72,11 @@ class _Edge(Upstream):
 
 @dataclass
 class Stage:
-    """The proxy with what is before and behind it, and the table as far as it is known."""
+    """The proxy with what is before and behind it, and what the books said of each customer."""
 
     gate: Sandbox
     upstream: _Edge
     proxy: LiteLLMProxy
-    cells: dict[tuple[str, str], str] = field(default_factory=dict)
     books: dict[str, tuple[Expect, list[tuple[str, int]]]] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -140,16 +142,13 @@ def _config(upstream: _Edge) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def stage(
-    shared_gate: Sandbox, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Stage]:
-    """One proxy for all cells; the table at its end."""
+def stage(shared_gate: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """One proxy for all cells; at its end every customer's books say what they said."""
     directory: Path = tmp_path_factory.mktemp("proxy")
     with _Edge() as upstream, LiteLLMProxy(directory, shared_gate.env(), _config(upstream)) as proxy:
         stage = Stage(shared_gate, upstream, proxy)
         yield stage
         upstream.released.set()
-        _print(stage, request.config)
         for customer, (leases, charged) in stage.books.items():
             books = Books(shared_gate, customer)
             assert (books.leases, books.charged) == (leases, charged), f"{customer} was settled once more"
@@ -289,15 +288,19 @@ def test_the_books_are_right(stage: Stage, route: Route, situation: Callable[[St
     """One route in one situation: what the client gets, what the upstream sees, and what the gate has written down."""
     stage.calm()
     cell = (route.name, situation.__name__.replace("_", " "))
-    stage.cells[cell] = "WRONG"
-    stage.cells[cell] = situation(stage, route)
+    _CELLS[cell] = "WRONG"
+    _CELLS[cell] = situation(stage, route)
 
 
-def _print(stage: Stage, config: pytest.Config) -> None:
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    columns = list(dict.fromkeys(column for _, column in stage.cells))
-    lines = ["", f"| LiteLLM {VERSION}, proxy | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    for row in dict.fromkeys(row for row, _ in stage.cells):
-        lines.append(f"| {row} | " + " | ".join(stage.cells.get((row, column), "–") for column in columns) + " |")
-    for line in lines:
-        reporter.write_line(line)
+def table() -> Iterator[str]:
+    """The cells that were run, as markdown."""
+    if not _CELLS:
+        return
+    columns = list(dict.fromkeys(column for _, column in _CELLS))
+    yield f"| LiteLLM {VERSION}, proxy | " + " | ".join(columns) + " |"
+    yield "| --- " * (len(columns) + 1) + "|"
+    for row in dict.fromkeys(row for row, _ in _CELLS):
+        yield f"| {row} | " + " | ".join(_CELLS.get((row, column), "-") for column in columns) + " |"
+
+
+TABLES.append(table)

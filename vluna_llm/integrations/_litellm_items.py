@@ -8,15 +8,13 @@ response of a late request is there, it is observed instead and the items pass u
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from types import AsyncGeneratorType, GeneratorType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from .._tap_watch import REST_CHUNKS, How, Sink, Watch, collecting, watch_collector
 from ..ending import Ending
@@ -25,6 +23,7 @@ from ..tap import DRAIN_SECONDS, note_open
 from ._litellm_ask import is_refused, without_asking
 from ._litellm_call import LogicalCall
 from ._litellm_ends import tell_end
+from ._litellm_made import making
 from ._litellm_usage import ChunkReader, ending_of
 from ._openai_usage_option import REFUSERS
 
@@ -396,41 +395,3 @@ class LateCall:
         except Exception:
             self._watch.report("litellm.make_call")
             return stream
-
-
-# -- streams that are made inside others -------------------------------------------------------------------------------
-
-
-class _Made(Protocol):
-    def __call__(self, stream: Any, /) -> None: ...
-
-
-_making: ContextVar[_Made | None] = ContextVar("vluna_llm_litellm_making", default=None)
-
-
-@contextmanager
-def making(made: _Made) -> Generator[None, None, None]:
-    """Be told of each `CustomStreamWrapper` that is made in the ``with``."""
-    _see_creations()
-    token = _making.set(made)
-    try:
-        yield
-    finally:
-        with suppress(ValueError):
-            _making.reset(token)
-
-
-@functools.lru_cache(maxsize=1)
-def _see_creations() -> None:
-    from litellm.litellm_core_utils.streaming_handler import CustomStreamWrapper
-
-    original = CustomStreamWrapper.__init__
-
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        made = _making.get()
-        if made is not None:
-            made(self)
-
-    CustomStreamWrapper.__init__ = init

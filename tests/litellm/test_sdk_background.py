@@ -80,4 +80,6 @@ def test_a_background_stream_is_booked_once(whole: bool, own: tuple[Vluna, Books
         for _ in range(2):
             litellm.get_responses(response_id=found[0], custom_llm_provider="openai", **given)
     books.settled(metered)
-    assert books.charged == [(FEATURE, 120)]
+    assert [tokens for _, tokens in books.charged] == [120]
+    if whole:  # of one that was forgotten only the retrieve tells the model, by its dated name
+        assert books.charged == [(FEATURE, 120)]

@@ -30,7 +30,7 @@ from vluna_llm.integrations._litellm_usage import ChunkReader, ending_of, model_
 from vluna_llm.sandbox import Sandbox
 from vluna_llm.usage import TokenUsage
 
-OLD = int(version("litellm").split(".")[1]) < 90
+OLD = tuple(int(part) for part in version("litellm").split(".")[:2]) < (1, 90)
 """Whether this is the older of the two lines (1.83)."""
 
 LOSES = {"cohere-cohere-chat-7f77fb6d": {"cached_tokens"}}

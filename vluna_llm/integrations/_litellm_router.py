@@ -23,6 +23,7 @@ from typing import Any
 
 import litellm
 
+from ..telemetry import log
 from ._litellm_models import model_of
 from ._litellm_route import OpenCall, current_route
 from ._litellm_router_late import CONTINUE, CONTINUED, MIRRORED, carrying, continuing, keeping, nobodys
@@ -39,6 +40,9 @@ from ._litellm_router_steps import (
     installed,
     race_of,
 )
+
+_NEEDED = frozenset({"completion", "acompletion", "make_call", "async_function_with_fallbacks"})
+"""Without these a call on a Router is not one operation."""
 
 Patch = Callable[[Callable[..., Any], str], Callable[..., Any]]
 
@@ -75,7 +79,8 @@ def install_router(open_call: OpenCall) -> None:
     installed.open_call = open_call
     if _patched:
         return
-    router = litellm.Router
+    # From 1.109 on the class that is made is a facade before the one that works.
+    router = getattr(litellm.Router, "_core_class", litellm.Router)
     for name, kind in METHODS.items():
         _patch(router, name, functools.partial(entry_of, kind=functools.partial(fixed_kind, kind)))
     for name in GENERIC:
@@ -94,6 +99,12 @@ def install_router(open_call: OpenCall) -> None:
     for name in MIRRORED:
         _patch(router, name, functools.partial(nobodys, what="litellm.router.silent_model", quiet=False))
     _patch(litellm, "ahealth_check", functools.partial(nobodys, what="litellm.ahealth_check", quiet=True))
+    if missing := _NEEDED - {name for _, name in _patched}:
+        log.warning(
+            "this version of LiteLLM has another Router than we know (%s): its retries and fallbacks are calls of "
+            "their own, and a refusal may be tried again",
+            ", ".join(sorted(missing)),
+        )
 
 
 def uninstall_router() -> None:
@@ -109,6 +120,8 @@ _patched: dict[tuple[Any, str], tuple[Any, Any]] = {}
 
 
 def _patch(owner: Any, name: str, patch: Patch) -> None:
+    if isinstance(owner, type):
+        owner = next((home for home in owner.__mro__ if name in vars(home)), owner)
     before = vars(owner).get(name)
     if not inspect.isfunction(before):
         return  # this version of LiteLLM has no such method

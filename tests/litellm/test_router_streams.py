@@ -309,12 +309,18 @@ def test_a_fallback_that_the_customer_may_not_use_is_refused_in_the_stream(
     books.gate.quota(0, feature=MINI, principal_id=books.customer)
     pair.first.behaviour = "error_first"
     target = with_fallback(pair, fallbacks=[{"chat": ["other", "chat"]}])
-    with call_context(principal_id=books.customer) as scope:
-        one = opened(target, is_async)
-    with pytest.raises(GateDenied) as caught:
+    scopes: list[Scope] = []
+
+    def work() -> None:
+        with call_context(principal_id=books.customer) as scope:
+            scopes.append(scope)
+            one = opened(target, is_async)  # from 1.109 on the Router looks at the beginning before it returns
         one.rest()
+
+    with pytest.raises(GateDenied) as caught:
+        work()
     assert caught.value.reason == "quota"
-    assert scope.last_denial is caught.value
+    assert scopes[0].last_denial is caught.value
     books.settled(metered)
     assert books.leases == [(FEATURE, "canceled")]
     assert pair.asked == (1, 0)

@@ -20,8 +20,12 @@ CONTINUED: Final = (
 )
 """They keep the arguments of the call for a fallback that continues a broken stream."""
 
-CONTINUE: Final = ("async_function_with_fallbacks_common_utils", "_aanthropic_messages_retry_same_group")
-"""Where they go on; what they kept is one of the arguments."""
+CONTINUE: Final = (
+    "async_function_with_fallbacks_common_utils",
+    "_aanthropic_messages_retry_same_group",
+    "_astream_retry_same_group",
+)
+"""Where they go on (the last is what 1.109 calls the one before); what they kept is one of the arguments."""
 
 MIRRORED: Final = ("_silent_experiment_acompletion", "_silent_experiment_completion")
 """A copy of the request for another model, for the operator to compare."""

@@ -65,6 +65,45 @@ def test_retries_in_vain_charge_nothing(complete: Any, metered: Vluna, provider:
     books.cancelled()
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("name", ["completion", "responses", "text_completion"])
+def test_a_retry_of_any_function_is_inside(
+    name: str, stream: bool, is_async: bool, metered: Vluna, provider: Provider, books: Books
+) -> None:
+    """The first attempt has asked the provider in vain: what the second one brings is not billed for both."""
+    pytest.importorskip("tenacity", reason="LiteLLM's retries need tenacity")
+    provider.behaviour = "flaky"
+    about: dict[str, Any] = {"completion": {"messages": MESSAGES}, "responses": {"input": "hi"}}.get(
+        name, {"prompt": "hi"}
+    )
+    given = {"model": f"openai/{MODEL}", "api_key": "sk-test", "api_base": provider.base_url, **about}
+    given |= {"num_retries": 2, "max_retries": 0, "stream": stream}
+    failed = False
+
+    async def main() -> None:
+        answer = await getattr(litellm, f"a{name}")(**given)
+        assert not stream or [part async for part in answer]
+
+    def work() -> None:
+        nonlocal failed
+        try:
+            if is_async:
+                asyncio.run(main())
+            else:
+                answer = getattr(litellm, name)(**given)
+                assert not stream or list(answer)
+        except Exception:
+            failed = True  # LiteLLM does not retry this one
+
+    books.run(metered, work)
+    if failed:
+        assert len(provider.posts()) == 1
+        books.cancelled()
+    else:
+        assert books.charged == [(FEATURE, 120)], books.leases
+
+
 def test_a_fallback_is_another_feature(
     complete: Any, metered: Vluna, provider: Provider, books: Books, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ class Attempt:
         "asks_provider",
         "bare",
         "behind",
+        "brought",
         "call",
         "complete",
         "done",
@@ -88,6 +89,7 @@ class Attempt:
         self.behind: object = None
         self.asks_provider = False
         self.answered_inside = False
+        self.brought: Any = None
         self.settled_elsewhere = False
         self.failed_inside = False
         self.raw: Any = None
@@ -203,11 +205,14 @@ class Attempt:
 
     # -- after an answer ---------------------------------------------------------------------------------------------
 
-    @property
-    def owes_anew(self) -> bool:
-        """Whether the provider was asked by this very function, while a call inside has used up the operation."""
+    def owes_anew(self, result: Any) -> bool:
+        """Whether the provider gave this to this very function, while a call inside has used up the operation."""
         operation = self.call.operation
-        return self.asks_provider and self.answered_inside and operation is not None and operation.ended
+        return self.answered_inside and not self._handed_on(result) and operation is not None and operation.ended
+
+    def _handed_on(self, result: Any) -> bool:
+        """Whether a call inside has brought it: a bridge asks nobody itself, a retry asked in vain before."""
+        return self.answered_inside and (not self.asks_provider or (result is not None and result is self.brought))
 
     def readmit(self) -> None:
         """The work is done: get an operation for it, whatever the gate says."""
@@ -239,6 +244,8 @@ class Attempt:
         except Exception:
             self.vluna.internal_error("litellm.answered")
             return result
+        finally:
+            self.brought = None
 
     def _answered(self, result: Any, is_async: bool) -> Any:
         call = self.call
@@ -249,7 +256,7 @@ class Attempt:
             if self.outermost:
                 self.parent.settled_elsewhere = True
         stream = is_stream(result)
-        translated = self.answered_inside and not self.asks_provider
+        translated = self._handed_on(result)
         if translated and not self.settled_elsewhere and not stream:
             pass  # settled inside, by the attempt that asked the provider
         elif not stream and costs_nothing(result, self.raw, self.kwargs):
@@ -266,6 +273,8 @@ class Attempt:
         if call.operation is not None:
             self._follow()
             show(result, call.operation)
+        if self.parent is not None:
+            self.parent.brought = result
         return result
 
     @property

@@ -223,7 +223,7 @@ def _sync_entry(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
                 if not attempt.again(error):
                     _raise(attempt, error)
             attempt.admit()
-        if attempt.owes_anew:
+        if attempt.owes_anew(result):
             attempt.readmit()
         answer = attempt.answered(result, is_async=False)
         if (operation := attempt.waits) is not None:
@@ -265,7 +265,7 @@ async def _later(attempt: Attempt, pending: Any) -> Any:
 
 
 async def _answered(attempt: Attempt, result: Any) -> Any:
-    if attempt.owes_anew:
+    if attempt.owes_anew(result):
         await attempt.areadmit()
     answer = attempt.answered(result, is_async=True)
     if (operation := attempt.waits) is not None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vluna_llm.ending import Ending, judge
 from vluna_llm.usage import TokenUsage, read_body, read_usage
 from vluna_llm.usage.normalize import normalize_usage
 
@@ -415,7 +416,7 @@ def test_anthropic_start_alone_is_no_report() -> None:
 
 @pytest.mark.parametrize(("last", "failed"), [("completed", False), ("incomplete", False), ("failed", True)])
 def test_responses_end_by_their_terminal_event_and_keep_their_usage(last: str, failed: bool) -> None:
-    """``response.incomplete`` and ``response.failed`` are spent and reported too."""
+    """``response.incomplete`` and ``response.failed`` are spent and reported too; only the failed had no finish."""
 
     def event(kind: str, status: str, usage: Any) -> tuple[str, dict[str, Any]]:
         response = {"id": "resp_1", "object": "response", "model": "m", "status": status, "error": None, "usage": usage}
@@ -425,8 +426,21 @@ def test_responses_end_by_their_terminal_event_and_keep_their_usage(last: str, f
     usage = {"input_tokens": 3, "output_tokens": 4, "total_tokens": 7}
     body = sse(event("created", "in_progress", None), text, event(last, last, usage), done=False)
     facts = read_body(RESPONSES, SSE, body)
-    assert (facts.usage, facts.complete, facts.finish_reason_seen) == (TokenUsage(3, 4), True, True)
+    assert (facts.usage, facts.complete, facts.finish_reason_seen) == (TokenUsage(3, 4), True, not failed)
     assert (facts.failed, facts.status, facts.response_id) == (failed, last, "resp_1")
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+def test_a_response_that_failed_and_reported_nothing_is_no_finished_answer(status: str) -> None:
+    """Whole or streamed: nothing is owed for it, and nothing is estimated (design rule 4)."""
+    response = {"id": "resp_1", "object": "response", "model": "m", "status": status, "output": [], "usage": None}
+    whole = read_body(RESPONSES, JSON, json.dumps(response).encode())
+    event = (f"response.{status}", {"type": f"response.{status}", "response": response})
+    streamed = read_body(RESPONSES, SSE, sse(event, done=False))
+    for facts in (whole, streamed):
+        assert (facts.usage, facts.failed, facts.finish_reason_seen) == (None, True, False)
+        ending = Ending("complete", finished=True, finish_reason_seen=facts.finish_reason_seen, failed=facts.failed)
+        assert judge(ending, estimated_input=5, estimated_output=5, on_abort="estimate").work == "failed"
 
 
 def test_background_response_has_a_status_and_no_usage() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from .body import is_token_count, last_usage_object, read_ends, read_json_body
 from .facts import (
+    FAILED_EVENTS,
     generated_characters,
     has_finish_reason,
     identity,
@@ -140,8 +141,10 @@ class EventReader:
 
     def _ended_by_name(self, name: bytes | None) -> None:
         if name is not None and is_terminal({"type": name.decode("ascii", "replace")}):
-            self.finished = self.finish_reason_seen = True
-            self.failed = self.failed or name == b"response.failed"
+            self.finished = True
+            broke = name.decode("ascii", "replace") in FAILED_EVENTS
+            self.failed = self.failed or broke
+            self.finish_reason_seen = self.finish_reason_seen or not broke
 
     def _read_body(self, body: bytes) -> None:
         if self._truncated:

@@ -26,7 +26,8 @@ TERMINAL_EVENTS: Final = frozenset(
 """Event types that end a stream by protocol: Responses, Anthropic, Cohere, and OpenAI's audio and image streams."""
 
 FAILED_STATUSES: Final = ("failed", "cancelled")
-ENDED_STATUSES: Final = ("completed", "incomplete", "failed", "cancelled")
+FAILED_EVENTS: Final = ("error", "response.failed", "response.cancelled")
+_FINISHED_STATUSES: Final = ("completed", "incomplete")
 
 
 def usage_object(obj: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -66,7 +67,7 @@ def start_usage(obj: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def is_error(obj: Mapping[str, Any]) -> bool:
     """Whether this is an error: ``error`` that is not null, ``type: error``, or a response that failed."""
-    if obj.get("error") or obj.get("type") in ("error", "response.failed"):
+    if obj.get("error") or obj.get("type") in FAILED_EVENTS:
         return True
     if obj.get("object") == "response" and obj.get("status") in FAILED_STATUSES:
         return True
@@ -80,7 +81,8 @@ def has_finish_reason(obj: Mapping[str, Any]) -> bool:
     """Whether a finish reason stands in this object: the model has stopped, whatever is still to come.
 
     OpenAI ``choices[].finish_reason``; Anthropic ``stop_reason`` (body, or ``delta`` of ``message_delta``); Gemini
-    ``candidates[].finishReason``; Ollama ``done``; Cohere ``finish_reason``; Responses: a final ``status``.
+    ``candidates[].finishReason``; Ollama ``done``; Cohere ``finish_reason``; Responses: a final ``status``. A response
+    that failed has ended, and the model has not finished: nothing is owed but what was reported.
     """
     for choice in _list(obj.get("choices")):
         if isinstance(choice, dict) and choice.get("finish_reason"):
@@ -93,8 +95,8 @@ def has_finish_reason(obj: Mapping[str, Any]) -> bool:
         if isinstance(candidate, dict) and candidate.get("finishReason"):
             return True
     if is_terminal(obj):
-        return True
-    return obj.get("object") == "response" and obj.get("status") in ENDED_STATUSES
+        return obj.get("type") not in FAILED_EVENTS
+    return obj.get("object") == "response" and obj.get("status") in _FINISHED_STATUSES
 
 
 def is_terminal(obj: Mapping[str, Any]) -> bool:

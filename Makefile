@@ -29,7 +29,7 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/.made
 demo: $(VENV)/.demo  ## the main job in half a minute: no account, no key, no network
 	$(BIN)/vluna-llm demo
 
-test: $(VENV)/.test  ## all tests in their environments, both majors of the OpenAI SDK included
+test: $(VENV)/.test  ## all tests in their environments: both majors of the OpenAI SDK, two lines of LiteLLM
 	$(BIN)/tox run
 
 test-long: $(VENV)/.test  ## the long tests alone

@@ -48,7 +48,7 @@ def test_the_snippets_run_as_they_stand(tmp_path: Path) -> None:
 
     first, ways, litellm, _ = SNIPPETS
     assert SHOWN in first
-    assert "VlunaCallback" in litellm, "tests/litellm runs it, where LiteLLM is installed"
+    assert "VlunaCallback" in litellm, "tests/with_litellm runs it, where LiteLLM is installed"
     with Sandbox() as gate, ReplayUpstream() as provider:
         settings = {**gate.env(), "OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "none"}
         shown = run(["-c", first.replace(SHOWN, RECORDED)], tmp_path, **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +53,21 @@ def test_the_default_goes_from_the_key_to_the_user() -> None:
     assert who(identity, known).principal_id == "team"
     known.team_id = None
     assert who(identity, known).principal_id == "user"
+
+
+def test_a_user_whom_a_header_names_pays_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LiteLLM can take the key's user from a header: it is the client's word then, wherever it stands."""
+    mappings = [{"header_name": "X-OpenWebUI-User-Id", "litellm_user_role": "internal_user"}]
+    server = SimpleNamespace(general_settings={"user_header_mappings": mappings})
+    monkeypatch.setitem(sys.modules, "litellm.proxy.proxy_server", server)
+    known = auth(user_id="victim")
+    assert who(make_identity(), known).principal_id is None
+    assert (
+        who(Identity(principal_id=("team_id",), user_id=("user_id",)), auth(team_id="t", user_id="v")).user_id is None
+    )
+    assert who(make_identity(trust_client=True), known).principal_id == "victim"
+    server.general_settings = {"user_header_mappings": [{**mappings[0], "litellm_user_role": "customer"}]}
+    assert who(make_identity(), known).principal_id == "victim"
 
 
 def test_one_purse_for_each_customer_by_default() -> None:

@@ -317,6 +317,45 @@ def test_hooks_alone_cover_async_calls(
     books.once()
 
 
+def test_hooks_alone_bill_each_call_to_its_own(
+    vluna: Vluna, make_callback: Any, provider: Provider, books: Books
+) -> None:
+    """``install=False``: calls of several customers in one task, before LiteLLM has told of any of them."""
+    make_callback(vluna, install=False)
+    named = [f"{books.customer}.{letter}" for letter in "aaabc"]
+
+    async def main() -> None:
+        for customer in named:
+            about = {"vluna": {"principal_id": customer}}
+            await litellm.acompletion(**CHAT, api_base=provider.base_url, metadata=about)
+        await asyncio.sleep(0.5)
+
+    books.run(vluna, lambda: asyncio.run(main()))
+    books.nothing()
+    charged = {customer: len(books.gate.booked(customer).applied) for customer in named}
+    assert charged == {customer: named.count(customer) for customer in named}
+
+
+def test_amounts_are_shown_beside_streams(metered: Vluna, provider: Provider, books: Books) -> None:
+    """LiteLLM logs each chunk of a sync stream: none of them waits for a receipt that cannot have come."""
+    found: list[Any] = []
+
+    class Reads(CustomLogger):  # type: ignore[misc]
+        def log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
+            if kwargs.get("stream") is not True:
+                found.append(kwargs["litellm_params"]["metadata"]["vluna"])
+
+    litellm.callbacks.append(Reads())
+
+    def work() -> None:
+        assert list(litellm.completion(**CHAT, api_base=provider.base_url, stream=True))
+        litellm.completion(**CHAT, api_base=provider.base_url)
+        assert eventually(lambda: bool(found), 10)
+
+    books.run(metered, work)
+    assert [entry.get("state") for entry in found] == ["booked"], found
+
+
 def test_hooks_alone_refuse_async_calls(vluna: Vluna, make_callback: Any, provider: Provider, books: Books) -> None:
     """``install=False``: an asynchronous call is refused before the provider, with the gate's own exception."""
     make_callback(vluna, install=False)

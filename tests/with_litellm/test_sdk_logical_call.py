@@ -310,8 +310,9 @@ def test_the_first_of_many_models(metered: Vluna, provider: Provider, books: Boo
 class Judge(CustomLogger):
     """Somebody's callback that asks a model of its own before each call."""
 
-    def __init__(self, provider: Provider, model: str, *, embeds: bool = False) -> None:
+    def __init__(self, provider: Provider, model: str, *, embeds: bool = False, payer: str | None = None) -> None:
         super().__init__()
+        self.metadata = {} if payer is None else {"metadata": {"vluna": {"principal_id": payer}}}
         self.provider = provider
         self.model = model
         self.embeds = embeds
@@ -320,12 +321,36 @@ class Judge(CustomLogger):
     async def async_pre_call_deployment_hook(self, kwargs: dict[str, Any], call_type: Any) -> Any:
         if not self.busy:
             self.busy = True
-            given = {"api_key": "sk", "api_base": self.provider.base_url}
+            given: dict[str, Any] = {"api_key": "sk", "api_base": self.provider.base_url, **self.metadata}
             if self.embeds:
                 await litellm.aembedding(model="openai/text-embedding-3-small", input=["hi"], **given)
             else:
                 await litellm.acompletion(model=f"openai/{self.model}", messages=MESSAGES, **given)
         return None
+
+
+@pytest.mark.parametrize("model", [OTHER, MODEL])
+@pytest.mark.parametrize("routed", [False, True], ids=["function", "router"])
+def test_a_call_inside_a_call_may_name_another_customer(
+    routed: bool, model: str, vluna: Vluna, make_callback: Any, provider: Provider, books: Books
+) -> None:
+    """``metadata["vluna"]`` of the inner call: it is billed to whom that names, and the outer one to its own."""
+    judged = f"{books.customer}.judge"
+    make_callback(vluna, Judge(provider, model, payer=judged))
+    params = {"model": f"openai/{MODEL}", "api_key": "sk", "api_base": provider.base_url}
+    router = litellm.Router(model_list=[{"model_name": "chat", "litellm_params": params}])
+
+    async def main() -> None:
+        if routed:
+            await router.acompletion(model="chat", messages=MESSAGES)
+        else:
+            await litellm.acompletion(**CHAT, api_base=provider.base_url)
+
+    books.run(vluna, lambda: asyncio.run(main()))
+    assert books.charged == [(FEATURE, 120)]
+    assert [(entry.feature, entry.quantity) for entry in books.gate.booked(judged).applied] == [
+        (f"openai.{model}", 120)
+    ]
 
 
 @pytest.mark.parametrize(("model", "embeds"), [(OTHER, False), (MODEL, False), ("", True)])

@@ -351,7 +351,7 @@ def _opened(
     attempt = Attempt(vluna, kind, args, kwargs)
     if around is not None and call is around.call:
         attempt.parent = around
-    if call is None or not _belongs(attempt, call):
+    if call is None or not _belongs(attempt, call, bound):
         attempt.outermost = True
         kind_of_call = LogicalCall if call is None else type(call)  # what nobody pays for stays so
         # Who pays is captured here: LiteLLM may go on in a thread that knows nothing of the caller's context.
@@ -362,14 +362,22 @@ def _opened(
     return attempt
 
 
-def _belongs(attempt: Attempt, call: LogicalCall) -> bool:
+def _belongs(attempt: Attempt, call: LogicalCall, bound: CallContext | None) -> bool:
     """Whether it is an attempt of the call around it."""
     if call.family is not None and call.family != family_of(attempt.kind):
         return False
+    if bound is not None and bound.principal_id not in (None, _payer(call)):
+        return False  # it names another customer: work of its own
     around = attempt.parent
     if around is None or around.failed_inside:
         return True
     return call.operation is None or _feature(call, attempt) == _feature(call, around)
+
+
+def _payer(call: LogicalCall) -> str | None:
+    if call.operation is not None:
+        return call.operation.customer[0]
+    return None if call.bound is None else call.bound.principal_id
 
 
 def _feature(call: LogicalCall, attempt: Attempt) -> str | None:

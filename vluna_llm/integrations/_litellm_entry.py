@@ -19,6 +19,7 @@ import litellm
 
 from ..context import CallContext, current_context
 from ..errors import VlunaError
+from ..tap import INLINE_SECONDS
 from ._litellm_attempt import Attempt, current_attempt, is_own_call, open_attempt
 from ._litellm_background import RETRIEVES, book_retrieved
 from ._litellm_call import LogicalCall, refusal
@@ -227,7 +228,7 @@ def _sync_entry(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
             attempt.readmit()
         answer = attempt.answered(result, is_async=False)
         if (operation := attempt.waits) is not None:
-            operation.wait()
+            operation.wait(INLINE_SECONDS)
         return _whole(answer, attempt.kwargs) if attempt.complete else answer
 
     return entry
@@ -269,7 +270,7 @@ async def _answered(attempt: Attempt, result: Any) -> Any:
         await attempt.areadmit()
     answer = attempt.answered(result, is_async=True)
     if (operation := attempt.waits) is not None:
-        await operation.wait_async()
+        await operation.wait_async(INLINE_SECONDS)
     return answer
 
 
@@ -420,7 +421,7 @@ def _unmetered(original: Callable[..., Any], name: str) -> Callable[..., Any]:
             try:
                 return await original(*args, **given)
             finally:
-                _announced.reset(token)
+                _quiet_reset(token)
 
         wrapper = aentry
     else:
@@ -432,11 +433,18 @@ def _unmetered(original: Callable[..., Any], name: str) -> Callable[..., Any]:
             try:
                 return original(*args, **given)
             finally:
-                _announced.reset(token)
+                _quiet_reset(token)
 
         wrapper = entry
     wrapper._vluna_original = original
     return cast(Callable[..., Any], wrapper)
+
+
+def _quiet_reset(token: Any) -> None:
+    try:
+        _announced.reset(token)
+    except ValueError:
+        pass  # left in another task than it was entered in, which never saw it
 
 
 def _announce(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
+from ..context import CallContext, current_context
 from ..errors import VlunaError
 from ._litellm_attempt import current_attempt
 from ._litellm_call import LogicalCall, current_call, current_request, refusal
@@ -20,6 +20,7 @@ from ._litellm_metadata import Trace, leave_trace, take_identity, trace_in
 from ._litellm_usage import answer_shown, costs_nothing, ending_of, model_call_of, pending
 
 if TYPE_CHECKING:
+    from ..lifecycle import Operation
     from ..types import Receipt
     from ..vluna import Vluna
 
@@ -82,12 +83,16 @@ class LoggingHooks:
         """In LiteLLM's logging thread: say what the call cost, if the gate says so in time."""
         try:
             trace = trace_in(kwargs)
-            if trace is not None and trace.operation is not None:
+            if trace is not None and trace.operation is not None and not self._on_the_way(kwargs, trace.operation):
                 receipt = trace.operation.wait(self._patience(blocking=True))
                 self._show(kwargs, trace, receipt)
         except Exception:
             self.vluna.internal_error("litellm.logging_hook")
         return kwargs, result
+
+    def _on_the_way(self, kwargs: Any, operation: Operation) -> bool:
+        """Whether this is a chunk of a stream: LiteLLM logs each, and no receipt comes before the stream has ended."""
+        return not self.hooks_only and kwargs.get("stream") is True and not operation.ended
 
     async def async_logging_hook(
         self, kwargs: dict[str, Any], result: Any, call_type: str
@@ -95,7 +100,7 @@ class LoggingHooks:
         """In LiteLLM's logging task: the same."""
         try:
             trace = trace_in(kwargs)
-            if trace is not None and trace.operation is not None:
+            if trace is not None and trace.operation is not None and not self._on_the_way(kwargs, trace.operation):
                 receipt = await trace.operation.wait_async(self._patience(blocking=False))
                 self._show(kwargs, trace, receipt)
         except Exception:
@@ -147,13 +152,11 @@ class LoggingHooks:
                 raise refusal(error) from None
             vluna.internal_error("litellm.identity")
             return None
-        held = _hooked.get()
-        call = held if held is not None and held.operation is not None and not held.operation.ended else None
-        if call is None:
-            call = LogicalCall(vluna, bound)
-            trace = None
+        owner = trace.owner if trace is not None else None
+        call = owner if isinstance(owner, LogicalCall) and owner.operation is not None else None
+        if call is None or call.operation is None or call.operation.ended:
+            call, trace = LogicalCall(vluna, current_context().override(bound or CallContext())), None
         await call.aadmit(model_call_of(kind, given))
-        _hooked.set(None if given.get("stream") is True else call)
         if call.operation is None:
             return given
         trace = trace or Trace(call)
@@ -197,6 +200,3 @@ class LoggingHooks:
         trace = trace_in(kwargs)
         owner = trace.owner if trace is not None else None
         return owner if isinstance(owner, LogicalCall) else None
-
-
-_hooked: ContextVar[LogicalCall | None] = ContextVar("vluna_llm_litellm_hooked", default=None)

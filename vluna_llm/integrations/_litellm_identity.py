@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from inspect import isawaitable
@@ -73,6 +74,12 @@ class Identity:
                     "of the proxy is a program of your own."
                 )
 
+    def _believed(self, paths: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that are not the client's own words."""
+        if self.trust_client or not _user_is_claimed():
+            return paths
+        return tuple(path for path in paths if path != "user_id")
+
     async def of(self, auth: Any, data: Mapping[str, Any]) -> CallContext:
         """Who pays for this request; a context without principal where it is nobody.
 
@@ -90,17 +97,27 @@ class Identity:
             if self.function is not None:
                 _merge(found, _entry(await _asked(self.function, auth), "the identity function"))
             else:
-                for path in self.principal_id:
+                for path in self._believed(self.principal_id):
                     _merge(found, _entry(_look(auth, path), path))
                     if found.get("principal_id") is not None:
                         break
         if found.get("user_id") is None:
-            found["user_id"] = next(filter(None, (_text(_look(auth, path)) for path in self.user_id)), None)
+            found["user_id"] = next(
+                filter(None, (_text(_look(auth, path)) for path in self._believed(self.user_id))), None
+            )
         labels = {name: text for name, path in self.labels.items() if (text := _text(_look(auth, path)))}
         labels.update(found.pop("labels", None) or {})
         end_user = found.pop("end_user", None) or _end_user(auth, data)
         context = make_context(**found, labels=labels or None)
         return _with_end_user(context, end_user)
+
+
+def _user_is_claimed() -> bool:
+    """Whether LiteLLM takes the key's user from a header of the client: its setting ``user_header_mappings``."""
+    settings = getattr(sys.modules.get("litellm.proxy.proxy_server"), "general_settings", None)
+    found = settings.get("user_header_mappings") if isinstance(settings, Mapping) else None
+    mappings = [found] if isinstance(found, Mapping) else found if isinstance(found, (list, tuple)) else []
+    return any("internal_user" in str(mapping) for mapping in mappings)
 
 
 def make_identity(option: IdentityOption = None, *, trust_client: bool | None = None) -> Identity:

@@ -19,7 +19,8 @@ _making: ContextVar[_Made | None] = ContextVar("vluna_llm_litellm_making", defau
 @contextmanager
 def making(made: _Made) -> Generator[None, None, None]:
     """Be told of each `CustomStreamWrapper` that is made in the ``with``."""
-    _see_creations()
+    with suppress(Exception):  # where LiteLLM has it elsewhere, the items are observed instead
+        _see_creations()
     token = _making.set(made)
     try:
         yield

@@ -173,7 +173,7 @@ def _looked_up(model: str, custom: str | None, api_base: str | None) -> tuple[st
     prefix, slash, rest = model.partition("/")
     if custom:
         return custom, rest if slash and prefix == custom else model
-    if slash and rest and prefix in litellm.provider_list:
+    if slash and rest and prefix in getattr(litellm, "provider_list", ()):
         return prefix, rest
     try:
         name, word, _, _ = litellm.get_llm_provider(model=model, api_base=api_base, api_key="-")

@@ -23,6 +23,7 @@ from typing import Any
 
 from model_gate import AsyncWire, Network, Wire, pause
 
+import vluna_llm.outbox.lock
 import vluna_llm.process
 import vluna_llm.runtime
 import vluna_llm.settler
@@ -364,6 +365,12 @@ class SimProcess:
             with contextlib.suppress(sqlite3.Error):
                 sqlite3.Connection.close(connection)
         self.connections.clear()
+        # The operating system closes its locks, and so they are nobody's to close: a forked child of the tests would
+        # close what has the same number by then.
+        held = vluna_llm.outbox.lock._taking.held
+        for lock in [each for each in held if each._fd in self.files]:
+            held.discard(lock)
+            lock._fd = None
         for fd in self.files:
             with contextlib.suppress(OSError):
                 os.close(fd)

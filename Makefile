@@ -30,7 +30,8 @@ demo: $(VENV)/.demo  ## the main job in half a minute: no account, no key, no ne
 	$(BIN)/vluna-llm demo
 
 test: $(VENV)/.test  ## all tests in their environments: both majors of the OpenAI SDK, two lines of LiteLLM
-	$(BIN)/tox run
+	$(BIN)/tox run --skip-env litellm
+	$(BIN)/tox run-parallel --parallel 2 --parallel-live --parallel-no-spinner -e litellm_new,litellm_old
 
 test-long: $(VENV)/.test  ## the long tests alone
 	$(BIN)/tox run -e openai3 -- -m slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             for rule in _LITELLMS_OWN:
                 item.add_marker(pytest.mark.filterwarnings(rule))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_unconfigure() -> None:
+    """Nor of the run as a whole: pytest collects once more after the last test, where no test's marks hold."""
+    for rule in _LITELLMS_OWN:
+        action, message, _ = rule.split(":")
+        warnings.filterwarnings(action, message, pytest.PytestUnraisableExceptionWarning)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -19,6 +19,7 @@ from ..errors import (
     MissingPrincipal,
     VlunaError,
 )
+from ._litellm_parts import part
 
 log = logging.getLogger("vluna_llm.litellm")
 
@@ -114,8 +115,26 @@ def _of_gate(error: GateError, status: int, kind: str, retry_after: int | None =
 
 
 def refused(error: VlunaError) -> Exception:
-    """The exception by which a hook of the proxy refuses; LiteLLM makes the HTTP answer of it."""
-    return _refused_class()(error)
+    """The exception by which a hook of the proxy refuses; LiteLLM makes the HTTP answer of it. Never raises.
+
+    Where LiteLLM has its exceptions elsewhere, it is the refusal itself with the attributes that LiteLLM reads: the
+    status is the same, and the body in LiteLLM's own shape.
+    """
+    try:
+        return _refused_class()(error)
+    except Exception:
+        _tell_moved()
+        dress(error)
+        return error
+
+
+@lru_cache(maxsize=1)
+def _tell_moved() -> None:
+    log.warning(
+        "this version of LiteLLM has its ProxyException or HTTPException elsewhere: refusals of the proxy keep their "
+        "status, and may lack the gate's code, hints and Retry-After",
+        exc_info=True,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -197,13 +216,12 @@ def install_handler() -> bool:
         layer = getattr(layer, "app", None)
     if layer is None:
         return False
-    from litellm.proxy._types import ProxyException
-
-    theirs = layer._exception_handlers.get(ProxyException)
+    known = part("litellm.proxy._types:ProxyException")
+    theirs = layer._exception_handlers.get(known)
     if theirs is None:
         return False
     if not getattr(theirs, "vluna", False):
-        layer.add_exception_handler(ProxyException, _before(theirs))
+        layer.add_exception_handler(known, _before(theirs))
     return True
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from ..lifecycle import ModelCall
+from ._litellm_parts import LOOKUP, SUPPORTED, part
 from ._openai_usage_option import KINDS, REFUSERS, is_asked, is_refusal
 
 _OPENAI_WIRE: Final = frozenset({"openai", "azure", "text-completion-openai", "custom_openai"})
@@ -110,14 +111,16 @@ def _provider(kwargs: Mapping[str, Any], model_call: ModelCall) -> tuple[str, st
         return model_call.provider, model_call.model
     base = kwargs.get("api_base") or kwargs.get("base_url")
     named = kwargs.get("custom_llm_provider")
-    return _resolved(model, named if isinstance(named, str) else None, base if isinstance(base, str) else None)
+    try:
+        return _resolved(model, named if isinstance(named, str) else None, base if isinstance(base, str) else None)
+    except Exception:  # no such model: LiteLLM will say so in its own words
+        return model_call.provider, model_call.model
 
 
 @lru_cache(maxsize=256)
 def _resolved(model: str, named: str | None, base: str | None) -> tuple[str, str]:
-    import litellm
-
-    found = litellm.get_llm_provider(model=model, custom_llm_provider=named, api_base=base)
+    lookup = part(LOOKUP)
+    found = lookup(model=model, custom_llm_provider=named, api_base=base)
     return str(found[1]), str(found[0])
 
 
@@ -131,7 +134,10 @@ def _knows_option(provider: str, model: str) -> bool:
         return False
     if provider == "text-completion-openai":
         return True
-    known = litellm.get_supported_openai_params(model=model, custom_llm_provider=provider)
+    supported = part(SUPPORTED)
+    if supported is None:
+        return provider in _OPENAI_WIRE
+    known = supported(model=model, custom_llm_provider=provider)
     return known is not None and "stream_options" in known
 
 

@@ -17,8 +17,6 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
-import litellm
-
 from ..context import CallContext, current_context
 from ..errors import ConfigurationError, VlunaError
 from ..slot import Slot, inside
@@ -26,6 +24,7 @@ from ._litellm_ask import ask_usage, is_refused, remember_refusal, upstream_of
 from ._litellm_background import response_id_of
 from ._litellm_call import LogicalCall, call_for, current_call, family_of, refusal
 from ._litellm_metadata import Trace, strip, take_identity
+from ._litellm_parts import TOO_LONG, part
 from ._litellm_stream import watch
 from ._litellm_usage import costs_nothing, ending_of, model_call_of, pending, spent
 
@@ -173,7 +172,7 @@ class Attempt:
                 self.call.unasked.add(upstream_of(self.kwargs, self.model_call))
                 self.kwargs, self.asked = self.bare, False
                 return True
-            if self.fallbacks is not None and isinstance(error, litellm.ContextWindowExceededError):
+            if self.fallbacks is not None and isinstance(error, part(TOO_LONG)):
                 model = self.fallbacks.get(self.kwargs.get("model", self.args[0] if self.args else None))
                 if model is not None:
                     self.fallbacks = None

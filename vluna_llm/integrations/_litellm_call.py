@@ -33,6 +33,7 @@ class LogicalCall:
         asked_usage: usage was asked for on the caller's behalf by an attempt at this call.
         unasked: upstreams that refused to be asked for usage in this call.
         source: the response below the stream that is watched, as long as somebody reads it.
+        unreported: usage that LiteLLM tells of its stream may be its own count: only who watches the stream knows.
         driver: the method of a Router that works on it: another one at the same time is a call of its own.
     """
 
@@ -45,6 +46,7 @@ class LogicalCall:
         self.watched: Operation | None = None
         self.asked_usage = False
         self.unasked: set[str] = set()
+        self.unreported = False
         self.source: weakref.ref[Any] | None = None
         self.driver: object | None = None
         self.refused: VlunaError | None = None
@@ -221,6 +223,17 @@ def request_of(data: Mapping[str, Any]) -> LogicalCall | None:
     """The logical call of the request that a proxy's hook is given."""
     call = getattr(data.get("litellm_logging_obj"), _ATTRIBUTE, None)
     return call if isinstance(call, LogicalCall) else _request.get()
+
+
+def give_back_when_forgotten(call: LogicalCall) -> None:
+    """An end of this call that no hook is told of is left to the garbage collector, and charges nothing."""
+    weakref.finalize(call, _forgotten, call.slot).atexit = False
+
+
+def _forgotten(slot: Slot) -> None:
+    operation = slot.operation
+    if operation is not None and not operation.ended and not slot.claimed:
+        operation.abandon(lambda: Ending("error"))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from .._tap_watch import Watch
+from ._litellm_parts import STREAM, part
 
 _END: Final = "_vluna_end"
 
@@ -20,19 +21,24 @@ _END: Final = "_vluna_end"
 def tell_end(stream: Any, watch: Watch, source: Any, *, is_async: bool) -> None:
     """Have the source closed when LiteLLM ends this stream and nobody knows yet; streams of other kinds are left alone.
 
+    Never raises.
+
     Args:
         stream: LiteLLM's stream, as the consumer reads it.
         watch: knows whether the end was told.
         source: the response below, or the iterator; with ``close`` or ``aclose``, by which the end is told.
         is_async: the colour of the call.
     """
-    from litellm import CustomStreamWrapper
-
-    if not isinstance(stream, CustomStreamWrapper) or _END in vars(stream):
-        return
-    setattr(stream, _END, (watch, source))
-    kind: Any = type(stream)
-    stream.__class__ = _async_class(kind) if is_async else _sync_class(kind)
+    try:
+        known = part(STREAM)
+        if known is None or not isinstance(stream, known) or _END in vars(stream):
+            return
+        kind: Any = type(stream)
+        telling = _async_class(kind) if is_async else _sync_class(kind)
+        setattr(stream, _END, (watch, source))
+        stream.__class__ = telling
+    except Exception:  # what is observed below goes on
+        watch.report("litellm.ends")
 
 
 def _broke(stream: Any, error: BaseException) -> None:

@@ -25,6 +25,7 @@ from ._litellm_background import RETRIEVES, book_retrieved
 from ._litellm_call import LogicalCall, refusal
 from ._litellm_metadata import KEY, Trace, take_identity
 from ._litellm_names import found, replace_everywhere
+from ._litellm_parts import BUILDER, TOO_LONG, part
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -139,8 +140,11 @@ _guard = threading.Lock()
 _announced: ContextVar[bool] = ContextVar("vluna_llm_litellm_announced", default=False)
 
 
-def install(vluna: Vluna) -> None:
-    """Wrap LiteLLM's entry functions, once however often this is called; the latest ``vluna`` meters them all."""
+def install(vluna: Vluna) -> list[str]:
+    """Wrap LiteLLM's entry functions, once however often this is called; the latest ``vluna`` meters them all.
+
+    Returns those that this version of LiteLLM does not have, of the ones that would be metered.
+    """
     with _guard:
         _installed.vluna = vluna
         twins: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -157,6 +161,7 @@ def install(vluna: Vluna) -> None:
         # What was wrapped before is put in the place of names that were bound to the original meanwhile, too.
         replace_everywhere({**_installed.twins, **twins})
         _installed.twins.update(twins)
+        return [f"litellm.{name}" for name in METERED if not found(_HOMES, name)]
 
 
 def uninstall() -> None:
@@ -317,14 +322,15 @@ def _prepare(attempt: Attempt) -> None:
     """Change the arguments where the work could not be followed otherwise."""
     kwargs = attempt.kwargs
     if attempt.kind == "chat.completions":
-        if kwargs.get("stream") is True and kwargs.get("complete_response") is True and not is_own_call(kwargs):
+        whole = kwargs.get("stream") is True and kwargs.get("complete_response") is True
+        if whole and not is_own_call(kwargs) and part(BUILDER) is not None:
             del kwargs["complete_response"]
             attempt.complete = True
-        if not (kwargs.get("num_retries") or litellm.num_retries):
+        if not (kwargs.get("num_retries") or getattr(litellm, "num_retries", None)):
             dictionary = kwargs.get("context_window_fallback_dict")
-            if isinstance(dictionary, Mapping) and dictionary and not _by_router(kwargs):
+            if isinstance(dictionary, Mapping) and dictionary and not _by_router(kwargs) and part(TOO_LONG) is not None:
                 attempt.fallbacks = kwargs.pop("context_window_fallback_dict")
-        if kwargs.get("fallbacks") or litellm.model_fallbacks:
+        if kwargs.get("fallbacks") or getattr(litellm, "model_fallbacks", None):
             _hand_on(kwargs, attempt.trace)
     if attempt.model_call.stream:
         attempt.ask_usage()
@@ -341,7 +347,7 @@ def _hand_on(kwargs: dict[str, Any], trace: Trace) -> None:
 
 def _whole(stream: Any, kwargs: Mapping[str, Any]) -> Any:
     """``complete_response=True``: the stream, read and put together as LiteLLM does it."""
-    return litellm.stream_chunk_builder(list(stream), messages=kwargs.get("messages"))
+    return part(BUILDER)(list(stream), messages=kwargs.get("messages"))
 
 
 # -- many at once, and what is not metered -----------------------------------------------------------------------------

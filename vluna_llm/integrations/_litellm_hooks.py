@@ -9,15 +9,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ..context import CallContext, current_context
+from ..ending import Ending
 from ..errors import VlunaError
+from ._litellm_ask import ask_usage, is_refused, remember_refusal
 from ._litellm_attempt import current_attempt
-from ._litellm_call import LogicalCall, current_call, current_request, refusal
+from ._litellm_call import LogicalCall, current_call, current_request, give_back_when_forgotten, refusal
 from ._litellm_entry import METERED
 from ._litellm_metadata import Trace, leave_trace, take_identity, trace_in
-from ._litellm_usage import answer_shown, costs_nothing, ending_of, model_call_of, pending
+from ._litellm_stream import watch
+from ._litellm_usage import answer_shown, costs_nothing, ending_of, model_call_of, pending, tokens_in
+from ._openai_usage_option import KINDS, is_asked
 
 if TYPE_CHECKING:
     from ..lifecycle import Operation
@@ -159,12 +164,28 @@ class LoggingHooks:
         await call.aadmit(model_call_of(kind, given))
         if call.operation is None:
             return given
-        trace = trace or Trace(call)
+        if trace is None:
+            trace = Trace(call)
+            give_back_when_forgotten(call)
         trace.follow(call.operation)
+        given = self._asking(given, kind, call)
         bucket = "metadata" if kind not in ("responses", "anthropic.messages") else "litellm_metadata"
         metadata = given.get(bucket)
         given[bucket] = {**(metadata if isinstance(metadata, Mapping) else {}), "vluna": trace}
         return given
+
+    def _asking(self, given: dict[str, Any], kind: str, call: LogicalCall) -> dict[str, Any]:
+        """Ask for the usage of a stream. Nobody can make a call again that is refused for it: only the next ones are
+        not asked."""
+        try:
+            model_call = model_call_of(kind, given)
+            asking, asked = ask_usage(given, model_call)
+            call.asked_usage = call.asked_usage or asked
+            call.unreported = asked or (model_call.stream and kind in KINDS and not is_asked(given))
+            return asking
+        except Exception:
+            self.vluna.internal_error("litellm.ask")
+            return given
 
     async def async_log_success_event(self, kwargs: Any, response_obj: Any, start_time: Any, end_time: Any) -> None:
         """With ``install=False``: settle what LiteLLM says was answered."""
@@ -174,8 +195,12 @@ class LoggingHooks:
         """With ``install=False``: LiteLLM says that it failed."""
         try:
             call = self._hooked_call(kwargs)
-            if call is not None:
-                call.failed(kwargs.get("exception"))
+            if call is None:
+                return
+            error = kwargs.get("exception")
+            if call.asked_usage and isinstance(error, BaseException) and is_refused(error):
+                remember_refusal(kwargs.get("litellm_params") or {}, model_call_of(_kind_of(kwargs), kwargs))
+            call.failed(error)
         except Exception:
             self.vluna.internal_error("litellm.failure_event")
 
@@ -184,13 +209,13 @@ class LoggingHooks:
             call = self._hooked_call(kwargs)
             if call is None:
                 return
-            kind = METERED.get(str(kwargs.get("call_type")), "chat.completions")
             if kwargs.get("cache_hit") is True or costs_nothing(response):
                 call.failed(None)
             elif pending(response) and call.operation is not None:
                 call.operation.park(getattr(response, "id", None))
             else:
-                call.answered(ending_of(response, model_call_of(kind, kwargs)))
+                ending = ending_of(response, model_call_of(_kind_of(kwargs), kwargs))
+                call.answered(_without_count(ending, response) if call.unreported else ending)
         except Exception:
             self.vluna.internal_error("litellm.success_event")
 
@@ -198,5 +223,31 @@ class LoggingHooks:
         if not self.hooks_only or not isinstance(kwargs, Mapping):
             return None
         trace = trace_in(kwargs)
-        owner = trace.owner if trace is not None else None
-        return owner if isinstance(owner, LogicalCall) else None
+        call = _call_in(trace)
+        return None if call is None or (call.watched is not None and call.watched is call.operation) else call
+
+
+def watch_made(stream: Any) -> None:
+    """With ``install=False``: LiteLLM has made a stream. Where the hook before the call has admitted it, its own end
+    settles it, whatever LiteLLM says of it afterwards. Never raises."""
+    details = getattr(getattr(stream, "logging_obj", None), "model_call_details", None)
+    if not isinstance(details, Mapping) or (call := _call_in(trace_in(details))) is None:
+        return
+    try:
+        watch(stream, call, model_call_of(_kind_of(details), details), asked_usage=call.asked_usage, is_async=True)
+    except Exception:
+        call.vluna.internal_error("litellm.stream_made")
+
+
+def _call_in(trace: Trace | None) -> LogicalCall | None:
+    owner = trace.owner if trace is not None else None
+    return owner if isinstance(owner, LogicalCall) else None
+
+
+def _kind_of(details: Mapping[str, Any]) -> str:
+    return METERED.get(str(details.get("call_type")), "chat.completions")
+
+
+def _without_count(ending: Ending, response: Any) -> Ending:
+    """The ending without the usage, which may be LiteLLM's own count and not the provider's report."""
+    return replace(ending, usage=None, output_tokens=tokens_in(response))

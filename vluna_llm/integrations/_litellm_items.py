@@ -230,8 +230,11 @@ class _Observed:
 
     def _made(self, stream: Any) -> None:
         """LiteLLM has made a stream inside this one: what is below it is observed instead of the items."""
-        if not self._watch.told and self._site.adopt(stream, stream):
-            self._watch.told = True
+        try:
+            if not self._watch.told and self._site.adopt(stream, stream):
+                self._watch.told = True
+        except Exception:
+            self._watch.report("litellm.made")
 
     def close(self) -> None:
         """Settle and close."""
@@ -346,8 +349,12 @@ def _relay(items: SyncItems) -> Iterator[Any]:
 
 
 async def _relay_async(items: Items) -> AsyncIterator[Any]:
-    async for item in items:
-        yield item
+    try:
+        async for item in items:
+            yield item
+    except GeneratorExit:
+        await items.aclose()
+        raise
 
 
 class LateCall:
@@ -393,5 +400,6 @@ class LateCall:
                 tell_end(holder, items._watch, items, is_async=self._site.is_async)
             return items
         except Exception:
+            self._watch.told = False  # nobody observes it: that it is over is told by the garbage collector
             self._watch.report("litellm.make_call")
             return stream

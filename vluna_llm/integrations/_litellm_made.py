@@ -1,12 +1,14 @@
-"""Being told of the streams that LiteLLM makes inside others, at the first read of those."""
+"""Being told of the streams that LiteLLM makes: inside others at their first read, and where no function is wrapped."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol
+
+from ._litellm_parts import STREAM, part
 
 
 class _Made(Protocol):
@@ -18,9 +20,7 @@ _making: ContextVar[_Made | None] = ContextVar("vluna_llm_litellm_making", defau
 
 @contextmanager
 def making(made: _Made) -> Generator[None, None, None]:
-    """Be told of each `CustomStreamWrapper` that is made in the ``with``."""
-    with suppress(Exception):  # where LiteLLM has it elsewhere, the items are observed instead
-        _see_creations()
+    """Be told of each `CustomStreamWrapper` that is made in the ``with``; of none where creations are not seen."""
     token = _making.set(made)
     try:
         yield
@@ -29,17 +29,33 @@ def making(made: _Made) -> Generator[None, None, None]:
             _making.reset(token)
 
 
-@functools.lru_cache(maxsize=1)
-def _see_creations() -> None:
-    from litellm.litellm_core_utils.streaming_handler import CustomStreamWrapper
+def see_creations(elsewhere: _Made) -> None:
+    """Have those told who wait for a stream; once is enough. Where LiteLLM has no such class, nothing happens.
 
-    original = CustomStreamWrapper.__init__
+    Args:
+        elsewhere: is told of the streams for which nobody waits. Must not raise.
+    """
+    kind = part(STREAM)
+    before = vars(kind).get("__init__") if isinstance(kind, type) else None
+    if before is None or _seen:
+        return
 
-    @functools.wraps(original)
+    @functools.wraps(before)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        made = _making.get()
-        if made is not None:
-            made(self)
+        before(self, *args, **kwargs)
+        if _seen and _seen[0][2] is init:
+            (_making.get() or elsewhere)(self)
 
-    CustomStreamWrapper.__init__ = init
+    _seen.append((kind, before, init))
+    kind.__init__ = init
+
+
+def forget_creations() -> None:
+    """Put the class back as it was. What somebody else has put around ours stays, and ours tells nobody any more."""
+    while _seen:
+        kind, before, ours = _seen.pop()
+        if vars(kind).get("__init__") is ours:
+            kind.__init__ = before
+
+
+_seen: list[tuple[Any, Callable[..., None], Callable[..., None]]] = []

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import litellm
 
 from ..lifecycle import ModelCall
+from ._litellm_parts import LOOKUP, part
 from ._openai_endpoints import provider_of
 
 _POSITIONAL: Final[Mapping[str, tuple[str, ...]]] = {
@@ -175,8 +176,11 @@ def _looked_up(model: str, custom: str | None, api_base: str | None) -> tuple[st
         return custom, rest if slash and prefix == custom else model
     if slash and rest and prefix in getattr(litellm, "provider_list", ()):
         return prefix, rest
+    lookup = part(LOOKUP)
+    if lookup is None:
+        return (prefix, rest) if slash and rest else (None, model)
     try:
-        name, word, _, _ = litellm.get_llm_provider(model=model, api_base=api_base, api_key="-")
+        name, word, _, _ = lookup(model=model, api_base=api_base, api_key="-")
     except Exception:  # LiteLLM will refuse the call in its own words
         return None, model
     return word, name

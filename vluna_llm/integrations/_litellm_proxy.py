@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import weakref
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,10 +16,9 @@ from ..context import CallContext, enter_context
 from ..ending import Ending
 from ..errors import ConfigurationError, MissingPrincipal, VlunaError
 from ..lifecycle import ModelCall
-from ..slot import Slot
 from ..tap import INLINE_SECONDS
 from ._litellm_answer import dress, install_handler, log, refusal_in, refused
-from ._litellm_call import LogicalCall, current_request, enter_request, request_of
+from ._litellm_call import LogicalCall, current_request, enter_request, give_back_when_forgotten, request_of
 from ._litellm_entry import METERED, UNMETERED
 from ._litellm_identity import Identity, strip_client_identity
 from ._litellm_models import model_call_of
@@ -296,10 +294,4 @@ def _enter(call: LogicalCall, payer: CallContext, data: Mapping[str, Any]) -> No
     an end that no hook is told of is left to the garbage collector, and charges nothing."""
     enter_request(call, data.get("litellm_logging_obj"))
     enter_context(payer)
-    weakref.finalize(call, _forgotten, call.slot).atexit = False
-
-
-def _forgotten(slot: Slot) -> None:
-    operation = slot.operation
-    if operation is not None and not operation.ended and not slot.claimed:
-        operation.abandon(lambda: Ending("error"))
+    give_back_when_forgotten(call)

@@ -25,6 +25,7 @@ import litellm
 
 from ..telemetry import log
 from ._litellm_models import model_of
+from ._litellm_parts import ROUTER, part
 from ._litellm_route import OpenCall, current_route
 from ._litellm_router_late import CONTINUE, CONTINUED, MIRRORED, carrying, continuing, keeping, nobodys
 from ._litellm_router_steps import (
@@ -80,7 +81,8 @@ def install_router(open_call: OpenCall) -> None:
     if _patched:
         return
     # From 1.109 on the class that is made is a facade before the one that works.
-    router = getattr(litellm.Router, "_core_class", litellm.Router)
+    router = part(ROUTER)
+    router = getattr(router, "_core_class", router)
     for name, kind in METHODS.items():
         _patch(router, name, functools.partial(entry_of, kind=functools.partial(fixed_kind, kind)))
     for name in GENERIC:
@@ -99,7 +101,7 @@ def install_router(open_call: OpenCall) -> None:
     for name in MIRRORED:
         _patch(router, name, functools.partial(nobodys, what="litellm.router.silent_model", quiet=False))
     _patch(litellm, "ahealth_check", functools.partial(nobodys, what="litellm.ahealth_check", quiet=True))
-    if missing := _NEEDED - {name for _, name in _patched}:
+    if router is not None and (missing := _NEEDED - {name for _, name in _patched}):
         log.warning(
             "this version of LiteLLM has another Router than we know (%s): its retries and fallbacks are calls of "
             "their own, and a refusal may be tried again",
@@ -122,7 +124,7 @@ _patched: dict[tuple[Any, str], tuple[Any, Any]] = {}
 def _patch(owner: Any, name: str, patch: Patch) -> None:
     if isinstance(owner, type):
         owner = next((home for home in owner.__mro__ if name in vars(home)), owner)
-    before = vars(owner).get(name)
+    before = None if owner is None else vars(owner).get(name)
     if not inspect.isfunction(before):
         return  # this version of LiteLLM has no such method
     ours = functools.wraps(before)(patch(before, name))

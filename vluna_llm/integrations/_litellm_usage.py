@@ -39,6 +39,7 @@ __all__ = [
     "model_of",
     "pending",
     "spent",
+    "tokens_in",
     "usage_of",
 ]
 
@@ -133,6 +134,11 @@ def usage_of(usage: Any, model_call: ModelCall) -> TokenUsage | None:
     if not isinstance(raw, Mapping) or not _reported(raw, model_call):
         return None
     return normalize_usage(_without_counting(raw))
+
+
+def tokens_in(response: Any) -> int | None:
+    """About how many tokens the model has produced in this answer; None where that cannot be told."""
+    return _tokens(generated_characters(response)) or None
 
 
 def costs_nothing(response: Any, raw: object = None, kwargs: Mapping[str, Any] | None = None) -> bool:

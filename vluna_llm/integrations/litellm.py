@@ -23,7 +23,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 try:
-    from litellm.integrations.custom_logger import CustomLogger
+    import litellm  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "vluna_llm.integrations.litellm needs LiteLLM: pip install 'vluna-llm[litellm]'", name="litellm"
@@ -32,8 +32,10 @@ except ImportError as error:
 from ._litellm_entry import install as _install
 from ._litellm_entry import open_call as _open_call
 from ._litellm_entry import uninstall as _uninstall
-from ._litellm_hooks import LoggingHooks
+from ._litellm_hooks import LoggingHooks, watch_made
 from ._litellm_identity import IdentityOption, make_identity
+from ._litellm_made import forget_creations, see_creations
+from ._litellm_parts import LOGGER, part, tell_missing
 from ._litellm_proxy import ProxyHooks
 from ._litellm_router import RouterHooks, install_router, uninstall_router
 
@@ -42,10 +44,12 @@ if TYPE_CHECKING:
 
     proxy_callback: VlunaCallback
 
+_CustomLogger: Any = part(LOGGER) or object  # LiteLLM's hooks are for its own class; the wrapped functions need none
+
 __all__ = ["VlunaCallback", "install", "proxy_callback", "uninstall"]
 
 
-class VlunaCallback(LoggingHooks, RouterHooks, ProxyHooks, CustomLogger):  # type: ignore[misc]
+class VlunaCallback(LoggingHooks, RouterHooks, ProxyHooks, _CustomLogger):  # type: ignore[misc]
     """Puts the gate round every call that LiteLLM makes. Put one into ``litellm.callbacks``; two meter once.
 
     Args:
@@ -78,6 +82,10 @@ class VlunaCallback(LoggingHooks, RouterHooks, ProxyHooks, CustomLogger):  # typ
         self.hooks_only = not install
         if install:
             globals()["install"](vluna)
+        else:
+            with _guard:
+                see_creations(watch_made)
+                tell_missing()
 
 
 def install(vluna: Vluna | None = None) -> None:
@@ -91,8 +99,10 @@ def install(vluna: Vluna | None = None) -> None:
 
         vluna = Vluna.default()
     with _guard:
-        _install(vluna)
+        missing = _install(vluna)
         install_router(_open_call)
+        see_creations(watch_made)
+        tell_missing(missing)
 
 
 def uninstall() -> None:
@@ -100,6 +110,7 @@ def uninstall() -> None:
     with _guard:
         uninstall_router()
         _uninstall()
+        forget_creations()
 
 
 _guard = threading.RLock()

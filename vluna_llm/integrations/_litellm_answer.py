@@ -23,6 +23,8 @@ from ._litellm_parts import part
 
 log = logging.getLogger("vluna_llm.litellm")
 
+_PROXYS = "litellm.proxy._types:ProxyException"
+_FASTAPIS = "litellm.proxy.common_request_processing:HTTPException"
 NOBODY_PAYS = (
     "This key belongs to no customer, so nobody would be billed and the call was not made. The operator of this proxy "
     'can give the key or its team the metadata {"vluna": {"principal_id": "..."}}, or say in '
@@ -139,10 +141,10 @@ def _tell_moved() -> None:
 
 @lru_cache(maxsize=1)
 def _refused_class() -> type[Exception]:
-    from litellm.proxy._types import ProxyException
-    from litellm.proxy.common_request_processing import HTTPException  # FastAPI's own
+    proxys: Any = part(_PROXYS)
+    fastapis: Any = part(_FASTAPIS)
 
-    class Refused(ProxyException, HTTPException):  # type: ignore[misc]
+    class Refused(proxys, fastapis):  # type: ignore[misc]
         """LiteLLM 1.106 answers with what ``to_dict`` gives; 1.83 reads the attributes one by one.
 
         Also an `HTTPException`: by that LiteLLM knows a refusal of the proxy's own, which alerts nobody.
@@ -216,7 +218,7 @@ def install_handler() -> bool:
         layer = getattr(layer, "app", None)
     if layer is None:
         return False
-    known = part("litellm.proxy._types:ProxyException")
+    known = part(_PROXYS)
     theirs = layer._exception_handlers.get(known)
     if theirs is None:
         return False

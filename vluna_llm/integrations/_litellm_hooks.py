@@ -20,7 +20,7 @@ from ._litellm_attempt import current_attempt
 from ._litellm_call import LogicalCall, current_call, current_request, give_back_when_forgotten, refusal
 from ._litellm_entry import METERED
 from ._litellm_metadata import Trace, leave_trace, take_identity, trace_in
-from ._litellm_stream import watch
+from ._litellm_stream import let_go, watch
 from ._litellm_usage import answer_shown, costs_nothing, ending_of, model_call_of, pending, tokens_in
 from ._openai_usage_option import KINDS, is_asked
 
@@ -49,6 +49,8 @@ class LoggingHooks:
         try:
             if self.vluna.mode == "off" or not isinstance(kwargs, dict):
                 return
+            if self.hooks_only:
+                let_go()
             attempt = current_attempt()
             if attempt is not None:
                 attempt.asks_provider = True

@@ -72,7 +72,7 @@ def watch(response: Any, call: LogicalCall, model_call: ModelCall, *, asked_usag
         if call.slot.passed_on:
             operation.fail()
         if call.slot.passed_on or call.slot.claimed:
-            _let_go()
+            let_go()
             _follow(response, open_response(response), is_async)
             return response
         if call.watched is operation:
@@ -168,7 +168,7 @@ def _watch(
 
 def _tap_below(made: Any, stream: Any, call: LogicalCall, bill: Bill, is_async: bool) -> bool:
     """Observe the response below ``made``; False where there is none yet. The consumer reads ``stream``."""
-    _let_go()
+    let_go()
     http = open_response(made)
     if http is None:
         return False
@@ -237,7 +237,7 @@ def _is_free(response: Any) -> bool:
     )
 
 
-def _let_go() -> None:
+def let_go() -> None:
     """Make LiteLLM forget its latest call, which it keeps for ever: the consumer alone is to hold a stream.
 
     That is ``litellm.error_logs`` of 1.83, which nothing reads. A stream that is held there is never collected, and

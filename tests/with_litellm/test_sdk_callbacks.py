@@ -375,6 +375,48 @@ def test_hooks_alone_tell_what_they_cannot_cover(
     assert "litellm.completion (installed with install=False) costs money and is not metered" in caplog.text
 
 
+@pytest.mark.parametrize("install", [True, False])
+def test_uninstalling_leaves_nothing_of_ours(
+    install: bool, vluna: Vluna, make_callback: Any, provider: Provider, books: Books
+) -> None:
+    """Not in LiteLLM's stream class either, also where a stream was made meanwhile."""
+    before = litellm.CustomStreamWrapper.__init__
+    make_callback(vluna, install=install)
+    text: dict[str, Any] = {"model": f"text-completion-openai/{MODEL}", "prompt": "hi", "api_key": "sk"}
+
+    async def main() -> None:
+        stream: Any = await litellm.atext_completion(**text, api_base=provider.base_url, stream=True)
+        assert [chunk async for chunk in stream]
+        await asyncio.sleep(0.3)
+
+    books.run(vluna, lambda: asyncio.run(main()))
+    books.once()
+    integration.uninstall()
+    assert litellm.CustomStreamWrapper.__init__ is before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["completion", "acompletion", "text_completion", "atext_completion"])
+def test_an_unknown_model_is_litellms_own_error(
+    name: str, stream: bool, metered: Vluna, books: Books, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A misspelt name: nothing is charged, and nothing of ours is told to be broken."""
+    asked = {"messages": MESSAGES} if "text" not in name else {"prompt": "hi"}
+
+    async def main() -> None:
+        answer = getattr(litellm, name)(model="no-such-model", stream=stream, **asked)
+        if inspect.isawaitable(answer):
+            await answer
+
+    def work() -> None:
+        with pytest.raises(litellm.BadRequestError, match="LLM Provider NOT provided"):
+            asyncio.run(main())
+
+    books.run(metered, work)
+    assert books.gate.booked(books.customer).entries == ()
+    assert "vluna.internal_error" not in caplog.text
+
+
 # -- imports and the proxy's name --------------------------------------------------------------------------------------
 
 

@@ -5,18 +5,36 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import litellm
 import pytest
 from books import Books, eventually
 from provider import Provider
-from streaming import APIS, CHAT, RESPONSES, Api, Reader, Reading, collected, never, run, settled, two, until_finish
+from streaming import (
+    APIS,
+    CHAT,
+    RESPONSES,
+    Api,
+    Reader,
+    Reading,
+    collected,
+    never,
+    run,
+    settled,
+    settled_without_collecting,
+    two,
+    until_finish,
+)
 
 from vluna_llm import Vluna, call_context
+from vluna_llm.integrations._litellm_call import LogicalCall
+from vluna_llm.integrations._litellm_models import model_call_of
+from vluna_llm.integrations._litellm_stream import watch
 
 COLOURS = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
 CHAT_API = Api("completion", CHAT)
 RESPONSES_API = Api("responses", RESPONSES)
 
@@ -267,3 +285,37 @@ def test_a_text_stream_that_was_never_asked_for_costs_nothing(
     settled(vluna, books, lambda: run(api, never, provider, is_async=is_async))
     assert provider.requests == []
     books.cancelled()
+
+
+@pytest.mark.parametrize("ending", ["closed", "read"])
+def test_a_bare_generator_that_is_closed_settles_at_once(ending: str, metered: Vluna, books: Books) -> None:
+    """An async generator of LiteLLM's with no response below it: ``aclose()`` closes what it reads from, too."""
+    closed: list[bool] = []
+
+    async def items() -> AsyncIterator[dict[str, Any]]:
+        try:
+            for index in range(4):
+                yield {"choices": [{"delta": {"content": f"word{index} "}, "finish_reason": None}]}
+            yield {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": USAGE}
+        finally:
+            closed.append(True)
+
+    async def main() -> None:
+        call, model_call = LogicalCall(metered), model_call_of("chat.completions", {**CHAT, "stream": True})
+        with call.running():
+            await call.aadmit(model_call)
+        stream = watch(items(), call, model_call, asked_usage=False, is_async=True)
+        await stream.__anext__()
+        if ending == "closed":
+            await stream.aclose()
+        else:
+            assert [item async for item in stream]
+        assert closed == [True]
+        assert call.operation is not None
+        assert call.operation.ended
+
+    settled_without_collecting(metered, books, lambda: asyncio.run(main()))
+    if ending == "closed":
+        books.cancelled()
+    else:
+        books.once()

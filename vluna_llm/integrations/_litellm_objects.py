@@ -18,11 +18,13 @@ _OF_ALL: Final = (_SCALARS, _PLACES, _HOLDERS)
 """What is looked for: a chat chunk comes for every word, and asking a pydantic object for what it has not is slow."""
 
 
-def said_by(obj: Any) -> dict[str, Any]:
-    """What a whole answer, a chunk or an event says of itself: who, how it ended, its usage."""
+def said_by(obj: Any, *, usage: bool = True) -> dict[str, Any]:
+    """What a whole answer, a chunk or an event says of itself: who, how it ended, its ``usage`` where that is asked."""
     said: dict[str, Any] = {}
     choices = member(obj, "choices")
     scalars, places, holders = _OF_CHAT if isinstance(choices, list) else _OF_ALL
+    if not usage:
+        places, holders = (), holders if holders is _HOLDERS else ()
     for name in scalars:
         value = member(obj, name)
         if value is not None and isinstance(value, (str, bool, int)):

@@ -7,6 +7,7 @@ judges only what does not depend on the machine's speed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import sys
 import time
@@ -25,7 +26,7 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _sections() -> dict[str, Callable[[Profile], list[Figure]]]:
-    from . import backlog, crowd, first_token, local, memory, parts, streaming
+    from . import backlog, crowd, first_token, local, memory, parts, streaming, through_litellm
 
     return {
         "streaming": lambda profile: [
@@ -49,6 +50,11 @@ def _sections() -> dict[str, Callable[[Profile], list[Figure]]]:
         ],
         "estimate": lambda profile: apart(parts.estimate, profile),
         "reader": lambda profile: apart(parts.reader, profile),
+        "litellm": lambda profile: [
+            *apart(through_litellm.calls, profile),
+            *apart(through_litellm.chunks, profile, "sync"),
+            *apart(through_litellm.chunks, profile, "async"),
+        ],
     }
 
 
@@ -61,9 +67,14 @@ def main() -> int:
     chosen = parser.parse_args()
     if unknown := set(chosen.sections) - set(sections):
         parser.error(f"no such section: {', '.join(sorted(unknown))}")
+    if not (is_there := importlib.util.find_spec("litellm") is not None):
+        if "litellm" in chosen.sections:
+            parser.error("LiteLLM is not installed: pip install 'vluna-llm[litellm]' 'vluna-llm[bench]'")
+        if not chosen.sections:
+            sys.stderr.write("litellm: left out, it is not installed; pip install 'vluna-llm[litellm]'\n")
     profile, before, figures = Profile(chosen.quick), report.load_average(), []
     for name, measure in sections.items():
-        if not chosen.sections or name in chosen.sections:
+        if name in chosen.sections or (not chosen.sections and (is_there or name != "litellm")):
             started = time.perf_counter()
             figures += measure(profile)
             sys.stderr.write(f"{name}: {time.perf_counter() - started:.0f} s\n")

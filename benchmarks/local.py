@@ -39,6 +39,10 @@ class AtHand:
         gate.authorize = self.authorize  # type: ignore[method-assign]
         gate.send = self.send  # type: ignore[method-assign]
 
+    async def aauthorize(self, **asked: Any) -> Lease:
+        """In the place of an asynchronous client's ``authorize``."""
+        return self.authorize(**asked)
+
     def authorize(self, **asked: Any) -> Lease:
         lease = self._leases.get(asked["principal_id"])
         if lease is None:

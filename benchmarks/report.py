@@ -24,7 +24,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def environment(quick: bool, started: tuple[float, float, float] | None) -> dict[str, Any]:
     """Where and how busy: what the figures depend on."""
     versions = {}
-    for name in ("vluna-llm", "openai", "httpx", "httpx2", "pydantic"):
+    for name in ("vluna-llm", "openai", "litellm", "httpx", "httpx2", "pydantic"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -48,7 +48,8 @@ def show(figures: Sequence[Figure], where: dict[str, Any]) -> None:
     """Print the table: as wide as the terminal; in a log, where there is no width, wide enough."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     quick = " (quick: budgets of time are shown, not judged)" if where["quick"] else ""
-    title = f"Performance budget, openai {where['versions'].get('openai')}, Python {where['python']}{quick}"
+    litellm = f", LiteLLM {version}" if (version := where["versions"].get("litellm")) else ""
+    title = f"Performance budget, openai {where['versions'].get('openai')}{litellm}, Python {where['python']}{quick}"
     table = Table(title=title, title_justify="left")
     for name, justify in (("what", "left"), ("measured", "right"), ("upper 95 %", "right"), ("budget", "right")):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]

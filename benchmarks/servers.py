@@ -1,4 +1,4 @@
-"""The other side, each in a process of its own: the embedded gate, and a provider that streams as fast as it can.
+"""The other side, each in a process of its own: the embedded gate, and a provider that answers as fast as it can.
 
 ``python -m benchmarks.servers gate|provider`` prints one line of JSON when it serves, obeys one line of JSON at a time
 on standard input, and ends with its input.
@@ -26,6 +26,14 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 900, 200
 MODEL = "gpt-4o-mini"
 _WORDS = ("the", " model", " answers", " in", " small", " pieces", ",", " one", " token", " at", " a", " time", ".")
 
+_COUNTS = {
+    "prompt_tokens": PROMPT_TOKENS,
+    "completion_tokens": OUTPUT_TOKENS,
+    "total_tokens": PROMPT_TOKENS + OUTPUT_TOKENS,
+    "prompt_tokens_details": {"cached_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 0},
+}
+
 
 # -- the provider ------------------------------------------------------------------------------------------------------
 
@@ -52,14 +60,7 @@ def stream_pieces(chunks: int, usage: bool) -> tuple[bytes, ...]:
     events += [event({"content": dice.choice(_WORDS)}) for _ in range(chunks - 2)]
     events.append(event({}, "stop"))
     if usage:
-        counts = {
-            "prompt_tokens": PROMPT_TOKENS,
-            "completion_tokens": OUTPUT_TOKENS,
-            "total_tokens": PROMPT_TOKENS + OUTPUT_TOKENS,
-            "prompt_tokens_details": {"cached_tokens": 0},
-            "completion_tokens_details": {"reasoning_tokens": 0},
-        }
-        events.append(f'{head}[],"usage":{json.dumps(counts, separators=(",", ":"))}}}')
+        events.append(f'{head}[],"usage":{json.dumps(_COUNTS, separators=(",", ":"))}}}')
     events.append("[DONE]")
     return tuple(_http_chunk(f"data: {text}\n\n".encode()) for text in events)
 
@@ -80,6 +81,26 @@ def _whole_stream(chunks: int, usage: bool) -> bytes:
     return _HEAD + b"".join(stream_pieces(chunks, usage)) + _END
 
 
+@functools.cache
+def _whole_answer() -> bytes:
+    dice = random.Random(7)
+    words = "".join(dice.choice(_WORDS) for _ in range(OUTPUT_TOKENS))
+    message = {"role": "assistant", "content": words, "refusal": None, "annotations": []}
+    body = {
+        "id": "chatcmpl-0123456789abcdefghijklmnopqrs",
+        "object": "chat.completion",
+        "created": 1790000000,
+        "model": "gpt-4o-mini-2024-07-18",
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+        "usage": _COUNTS,
+        "service_tier": "default",
+        "system_fingerprint": "fp_0123456789",
+    }
+    data = json.dumps(body).encode()
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
 async def _serve_caller(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answer ``POST /<chunks>/<milliseconds to the first byte>/<milliseconds between>/v1/chat/completions``."""
     with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -92,7 +113,9 @@ async def _serve_caller(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
             if first:
                 await asyncio.sleep(first / 1000)
-            if not between:
+            if not body.get("stream"):
+                writer.write(_whole_answer())
+            elif not between:
                 writer.write(_whole_stream(chunks, usage))
             else:
                 writer.write(_HEAD)

@@ -1,0 +1,277 @@
+"""A client of the proxy, or an unusual call, gets work done that nobody or the wrong customer pays for."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi", reason="LiteLLM's proxy is not installed: pip install 'litellm[proxy]'")
+pytest.importorskip("apscheduler", reason="LiteLLM's proxy is not installed: pip install 'litellm[proxy]'")
+
+import litellm
+from books import MESSAGES, Books, eventually
+from provider import Provider, Seen
+from proxy import LiteLLMProxy, key
+from upstream import Recorded, Upstream
+
+from vluna_llm import Vluna, call_context
+from vluna_llm.errors import GateDenied
+from vluna_llm.sandbox import Sandbox
+
+PNG = b"\x89PNG\r\n\x1a\n" + b"0" * 50
+
+CHAT: dict[str, Any] = {"messages": MESSAGES}
+CLAUDE: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 50}
+INPUT: dict[str, Any] = {"input": "hi"}
+PROMPT: dict[str, Any] = {"prompt": "hi"}
+
+GPT, MINI = ("openai.gpt-4o", 120), ("openai.gpt-4o-mini", 120)
+SONNET = ("anthropic.claude-sonnet-4-5", 120)
+EMBEDDING = ("openai.text-embedding-3-small", 8)
+
+
+@dataclass
+class Stage:
+    """The proxy, what is before it, and what is behind it."""
+
+    gate: Sandbox
+    upstream: Upstream
+    proxy: LiteLLMProxy
+
+    def post(self, team: str, path: str, body: dict[str, Any]) -> httpx.Response:
+        """One request of this team, read to its end."""
+        who = {"Authorization": f"Bearer {key(team_id=team)}"}
+        return httpx.post(f"{self.proxy.base_url}{path}", json=body, headers=who, timeout=30)
+
+    def charged(self, customer: str) -> list[tuple[str, int]]:
+        """What this customer has paid for, once nothing is open any more."""
+        books = Books(self.gate, customer)
+        eventually(lambda: bool(books.leases) and all(state != "active" for _, state in books.leases), 5)
+        return books.charged
+
+    def asked(self) -> list[Seen]:
+        """The model calls that reached the upstream and were answered."""
+        return [seen for seen in self.upstream.posts() if not seen.path.startswith("/recorded/")]
+
+
+@pytest.fixture(scope="module")
+def _stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    with Sandbox() as gate, Upstream() as upstream:
+        down = upstream.replay("down", Recorded(500, "application/json", b'{"error": {"message": "down"}}', False))
+
+        def model(name: str, concrete: str, base: str = "", **more: Any) -> dict[str, Any]:
+            params = {"model": concrete, "api_base": base or upstream.base_url, "api_key": "sk", "max_retries": 0}
+            return {"model_name": name, "litellm_params": {**params, **more}}
+
+        azure = model("azure", "azure/my-deployment", upstream.host, api_version="2024-10-21")
+        config = {
+            "model_list": [
+                model("gpt", "openai/gpt-4o"),
+                model("gpt-down", "openai/gpt-4o", down),
+                model("mini", "openai/gpt-4o-mini"),
+                model("claude", "anthropic/claude-sonnet-4-5", upstream.anthropic_base),
+                model("claude-down", "anthropic/claude-sonnet-4-5", down),
+                model("emb", "openai/text-embedding-3-small"),
+                model("emb-down", "openai/text-embedding-3-small", down),
+                model("img", "openai/gpt-image-1"),
+                {**azure, "model_info": {"base_model": "azure/gpt-4o"}},
+            ],
+            "router_settings": {"num_retries": 0, "disable_cooldowns": True},
+        }
+        with LiteLLMProxy(tmp_path_factory.mktemp("findings"), gate.env(), config) as proxy:
+            yield Stage(gate, upstream, proxy)
+
+
+@pytest.fixture
+def stage(_stage: Stage) -> Stage:
+    """The same proxy for all tests; the upstream behaves."""
+    _stage.upstream.behaviour = "ok"
+    _stage.upstream.requests.clear()
+    return _stage
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def team() -> str:
+    """Somebody whom no other test knows."""
+    return f"findings_team_{next(_numbers)}"
+
+
+# -- a client names another customer -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bucket", ["metadata", "litellm_metadata"])
+@pytest.mark.parametrize(
+    ("path", "model", "other", "body", "entry"),
+    [
+        ("/v1/chat/completions", "gpt-down", "mini", CHAT, MINI),
+        ("/v1/responses", "gpt-down", "mini", INPUT, MINI),
+        ("/v1/messages", "claude-down", "claude", CLAUDE, SONNET),
+        ("/v1/embeddings", "emb-down", "emb", INPUT, EMBEDDING),
+    ],
+    ids=["chat", "responses", "messages", "embeddings"],
+)
+def test_a_fallback_that_the_client_writes_names_no_customer(
+    stage: Stage, team: str, path: str, model: str, other: str, body: dict[str, Any], entry: Any, bucket: str
+) -> None:
+    """The Router lays a fallback's own arguments over the request, long after the pre-call hook has cleaned it."""
+    victim = f"victim_of_{team}"
+    fallback = {"model": other, bucket: {"vluna": {"principal_id": victim}}}
+    answer = stage.post(team, path, {"model": model, **body, "fallbacks": [fallback]})
+    assert Books(stage.gate, victim).leases == []
+    assert stage.charged(team) == ([entry] if answer.status_code == 200 else [])
+
+
+def test_a_route_without_the_pre_call_hook_lets_no_client_choose_who_pays(stage: Stage, team: str) -> None:
+    """LiteLLM's ``/queue/chat/completions`` calls the Router without asking any hook."""
+    victim = f"victim_of_{team}"
+    metadata = {"vluna": {"principal_id": victim}}
+    stage.post(team, "/queue/chat/completions", {"model": "gpt", "priority": 0, **CHAT, "metadata": metadata})
+    eventually(lambda: Books(stage.gate, victim).charged != [], 2)
+    assert Books(stage.gate, victim).leases == []
+
+
+def test_a_websocket_lets_no_client_choose_who_pays(stage: Stage, team: str) -> None:
+    """The events of ``/v1/responses`` as a WebSocket come long after the hook, and are calls of their own."""
+    client = pytest.importorskip("websockets.sync.client", reason="pip install websockets")
+    victim = f"victim_of_{team}"
+    event = {"type": "response.create", "model": "claude", "input": "hi"}
+    address = stage.proxy.base_url.replace("http", "ws") + "/v1/responses?model=claude"
+    who = {"Authorization": f"Bearer {key(team_id=team)}"}
+    with client.connect(address, additional_headers=who) as socket:
+        socket.send(json.dumps({**event, "metadata": {"vluna": {"principal_id": victim}}}))
+        for said in socket:
+            if '"response.completed"' in said[:60] or '"error"' in said[:60]:
+                break
+    eventually(lambda: Books(stage.gate, victim).charged != [], 2)
+    assert Books(stage.gate, victim).leases == []
+
+
+# -- a client names another feature ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "body", "entry"),
+    [
+        ("/v1/responses", "gpt", INPUT, GPT),
+        ("/v1/messages", "claude", CLAUDE, SONNET),
+        ("/v1/embeddings", "emb", INPUT, EMBEDDING),
+        ("/v1/images/generations", "img", PROMPT, ("openai.gpt-image-1", 1050)),
+    ],
+    ids=["responses", "messages", "embeddings", "images"],
+)
+def test_a_deployment_that_litellm_takes_no_notice_of_is_no_feature(
+    stage: Stage, team: str, path: str, model: str, body: dict[str, Any], entry: Any
+) -> None:
+    """Only chat completions take ``deployment_id`` for the model; elsewhere the model that was asked is sold."""
+    answer = stage.post(team, path, {"model": model, **body, "deployment_id": "cheap"})
+    assert stage.charged(team) == ([entry] if stage.asked() else []), answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "body"),
+    [
+        ("/v1/chat/completions", "mini", CHAT),
+        ("/v1/responses", "mini", INPUT),
+        ("/v1/messages", "mini", CLAUDE),
+        ("/v1/embeddings", "emb", INPUT),
+    ],
+    ids=["chat", "responses", "messages on an OpenAI model", "embeddings"],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_model_in_extra_body_is_the_one_that_is_billed(
+    stage: Stage, team: str, path: str, model: str, body: dict[str, Any], stream: bool
+) -> None:
+    """LiteLLM may lay ``extra_body`` over the request: another model is asked than the one of the deployment."""
+    if stream and model == "emb":
+        pytest.skip("embeddings are no stream")
+    stage.post(team, path, {"model": model, **body, "stream": stream, "extra_body": {"model": "o1-pro"}})
+    asked = [f"openai.{seen.body['model']}" for seen in stage.asked()]
+    assert [feature for feature, _ in stage.charged(team)] == asked
+
+
+def test_the_client_says_nothing_about_an_azure_deployment(stage: Stage, team: str) -> None:
+    """``base_model`` is the operator's word; 1.83 lets it through from the body."""
+    stage.post(team, "/v1/chat/completions", {"model": "azure", **CHAT, "base_model": "azure/gpt-4o-mini"})
+    assert stage.charged(team) == [("azure.gpt-4o", 120)]
+
+
+# -- the key's customer is not found -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/queue/chat/completions", {"model": "gpt", "priority": 0, **CHAT}),
+        ("/v1beta/models/gpt:generateContent", {"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}),
+    ],
+    ids=["queue", "generateContent"],
+)
+def test_a_route_that_ends_in_a_metered_function_bills_the_customer_of_the_key(
+    stage: Stage, team: str, path: str, body: dict[str, Any]
+) -> None:
+    """The proxy knows whose key it is: the call is neither refused for want of a customer nor free."""
+    answer = stage.post(team, path, body)
+    assert answer.status_code == 200, answer.text
+    assert stage.charged(team) == [GPT]
+
+
+# -- in a program ------------------------------------------------------------------------------------------------------
+
+
+def _edit(api_base: str) -> Any:
+    image = io.BytesIO(PNG)
+    image.name = "a.png"
+    return litellm.image_edit(
+        image, "a lighthouse", "openai/gpt-image-1", api_base=api_base, api_key="sk", mock_response="made up"
+    )
+
+
+def test_an_image_is_edited_however_it_is_passed(metered: Vluna, provider: Provider, books: Books) -> None:
+    """`image_edit` takes no notice of ``mock_response``, also where the image is a positional argument."""
+    books.run(metered, lambda: _edit(provider.base_url))
+    assert len(provider.posts()) == 1
+    books.once("openai.gpt-image-1", 1050)
+
+
+def test_a_deployment_that_embedding_takes_no_notice_of(metered: Vluna, provider: Provider, books: Books) -> None:
+    """What LiteLLM asks for is what is billed."""
+    work: Callable[[], Any] = lambda: litellm.embedding(  # noqa: E731
+        "openai/text-embedding-3-small", ["hi"], deployment_id="cheap", api_base=provider.base_url, api_key="sk"
+    )
+    books.run(metered, work)
+    books.once(*EMBEDDING)
+
+
+def test_a_retrying_function_asks_a_denied_customer_once(
+    metered: Vluna, provider: Provider, shared_gate: Sandbox, customer: str
+) -> None:
+    """`completion_with_retries` is one call: what the gate has refused is not asked again."""
+    shared_gate.set_credit(customer, 0)
+    before = len(shared_gate.requests)
+    with call_context(principal_id=customer), pytest.raises(GateDenied):
+        litellm.completion_with_retries(
+            model="openai/gpt-4o", messages=MESSAGES, num_retries=3, api_base=provider.base_url, api_key="sk"
+        )
+    asked = [seen for seen in shared_gate.requests[before:] if "authorize" in seen.path]
+    assert len(asked) == 1
+
+
+def test_a_retrying_function_is_one_operation(metered: Vluna, provider: Provider, books: Books) -> None:
+    """`completion_with_retries`, the first try of which fails: one lease."""
+    provider.behaviour = "flaky"
+    options = {"api_base": provider.base_url, "api_key": "sk", "max_retries": 0}
+    work: Callable[[], Any] = lambda: litellm.completion_with_retries(  # noqa: E731
+        model="openai/gpt-4o", messages=MESSAGES, num_retries=2, **options
+    )
+    books.run(metered, work)
+    books.once()

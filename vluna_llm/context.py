@@ -414,6 +414,19 @@ def within(context: CallContext) -> Iterator[CallContext]:
             pass  # left in another task than it was entered in, which never saw it
 
 
+@contextmanager
+def afresh() -> Iterator[None]:
+    """Nothing of the surrounding context holds in the ``with``: a server may have been started in somebody's."""
+    token = _current.set(None)
+    try:
+        yield
+    finally:
+        try:
+            _current.reset(token)
+        except ValueError:
+            pass  # left in another task than it was entered in, which never saw it
+
+
 def enter_context(context: CallContext) -> None:
     """Make it the context for the rest of the running task: for hooks of servers, which have no ``with``.
 

@@ -34,7 +34,6 @@ class Service:
     """The application under test. The customer is what its (pretended) authentication found in the key."""
 
     def __init__(self, metering: Vluna, provider: Provider, **options: Any) -> None:
-
         self.client = metering.wrap(openai.OpenAI(base_url=provider.base_url, api_key="sk", max_retries=0))
         self.aclient = metering.wrap(openai.AsyncOpenAI(base_url=provider.base_url, api_key="sk", max_retries=0))
         routes = [

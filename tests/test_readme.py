@@ -41,14 +41,19 @@ def rows(title: str) -> dict[str, list[str]]:
     return found
 
 
+def snippet(with_text: str) -> str:
+    """The one that has this in it. Those of frameworks are run where the frameworks are installed."""
+    (found,) = (one for one in SNIPPETS if with_text in one)
+    return found
+
+
 def test_the_snippets_run_as_they_stand(tmp_path: Path) -> None:
-    """Both charge the customer whom they name, leave nothing behind and warn of nothing."""
+    """They charge the customer whom they name, leave nothing behind and warn of nothing."""
     pytest.importorskip("openai")
     from vluna_llm.sandbox.replay import ReplayUpstream
 
-    first, ways, litellm, _ = SNIPPETS
+    first, ways, web = snippet("Vluna().wrap("), snippet("vluna.operation("), snippet("VlunaMiddleware")
     assert SHOWN in first
-    assert "VlunaCallback" in litellm, "tests/with_litellm runs it, where LiteLLM is installed"
     with Sandbox() as gate, ReplayUpstream() as provider:
         settings = {**gate.env(), "OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "none"}
         shown = run(["-c", first.replace(SHOWN, RECORDED)], tmp_path, **settings)
@@ -59,6 +64,8 @@ def test_the_snippets_run_as_they_stand(tmp_path: Path) -> None:
         assert shown.stdout.splitlines()[-1] == f"{charged} XUSD charged for {reported} tokens"
         assert charged > reported > 0
 
+        made = run(["-c", web], tmp_path, **settings)
+        assert (made.returncode, made.stderr) == (0, "")
         other = run(["-c", ways], tmp_path, **settings)
         assert (other.returncode, other.stderr) == (0, "")
         assert [(entry.feature, entry.quantity) for entry in gate.booked("cust_1").entries] == [("tools.search", 3)]
@@ -70,7 +77,7 @@ def test_the_snippets_run_as_they_stand(tmp_path: Path) -> None:
 def test_the_snippet_of_a_test_passes_and_can_fail(tmp_path: Path) -> None:
     """The fixture is there without being asked for; with money in the purse the refusal does not come."""
     pytest.importorskip("openai")
-    shown = SNIPPETS[-1]
+    shown = snippet("def test_a_poor_customer")
     (tmp_path / "test_shown.py").write_text(shown)
     (tmp_path / "test_rich.py").write_text(shown.replace('"poor", 0)', '"poor", 10**9)'))
     installed = any(point.value == PLUGIN for point in metadata.entry_points(group="pytest11"))

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .context import CallContext
-from .errors import GateDenied, GateError, GateUnavailable, OutboxUnavailable, VlunaError
+from .budget import Amount
+from .context import CallContext, Scope
+from .errors import BudgetExceeded, GateDenied, GateError, GateUnavailable, OutboxUnavailable, VlunaError
 from .failpoints import hit
 from .ledger import Watch, ended
 from .lifecycle import Operation
@@ -23,6 +24,9 @@ from .telemetry import Severity, Telemetry
 from .types import Lease
 from .usage.estimate import Estimate
 from .usage.features import FeatureMap
+
+_PRICE_PAUSE = 10.0
+"""Seconds for which the gate is not asked for a price again that it did not tell."""
 
 
 @dataclass(slots=True)
@@ -51,6 +55,7 @@ class Admissions:
         self._not_asked = 0
         self._cap = UngatedCap()
         self._denials = RecentDenials()
+        self._price_from = 0.0
 
     def gate_is_back(self) -> None:
         """A settlement found the gate back: the next call asks it."""
@@ -60,17 +65,69 @@ class Admissions:
         """Keep the row before anything is asked of anybody.
 
         Raises:
+            BudgetExceeded: the task that it belongs to has no room for it; never in observe mode.
             OutboxUnavailable: it cannot be kept, and ``on_outbox_unavailable="deny"``; never in observe mode.
         """
-        prepared.watch = process.write(lambda runtime: self._store(runtime, prepared, mode, features))
+        reserved = self._reserve(process, prepared, mode, features)
+        try:
+            prepared.watch = process.write(lambda runtime: self._store(runtime, prepared, mode, features))
+        except BaseException:
+            _give_back(reserved, prepared.row.operation_id)
+            raise
         hit("admission.stored")
+
+    def lacks_price(self, process: Process, prepared: Prepared) -> bool:
+        """Whether a task of the call is limited in money, and nobody has asked for the feature's price yet."""
+        limits = [scope.limits for scope in prepared.context.scopes]
+        if all(limit is None or limit.max_amount_xusd is None for limit in limits):
+            return False
+        now = time.monotonic()
+        if now < self._price_from or self._breaker.state(now) != "closed":
+            return False
+        return not process.running().prices.knows(prepared.row.feature_code)
+
+    def ask_price(self, process: Process, prepared: Prepared) -> None:
+        """Ask the gate, on this thread; what it does not tell is not counted before it is settled."""
+        row = prepared.row
+        try:
+            process.running().prices.prices(row.feature_code, row.principal_id, row.user_id)
+        except GateError:
+            self._price_from = time.monotonic() + _PRICE_PAUSE
+
+    def _reserve(self, process: Process, prepared: Prepared, mode: Mode, features: FeatureMap) -> list[Scope]:
+        """Count the call in the tasks that are limited; in observe mode one that is over its limit is only told."""
+        limited = [scope for scope in prepared.context.scopes if scope.limits is not None]
+        if not limited:
+            return []
+        row = prepared.row
+        xusd = process.write(lambda runtime: self.guess(runtime, prepared, features))
+        estimate = Amount(xusd, row.estimated_input + row.estimated_output)
+        reserved: list[Scope] = []
+        try:
+            for scope in limited:
+                scope.reserve(row.operation_id, estimate)
+                reserved.append(scope)
+        except BudgetExceeded as error:
+            _give_back(reserved, row.operation_id)
+            self._telemetry.emit(
+                "vluna.operation.denied",
+                "info",
+                {**attributes_of(row), "error.type": "BudgetExceeded", "vluna.denial.reason": error.limit},
+                span=span_of(row),
+                message=str(error),
+            )
+            if mode == "enforce":
+                self._telemetry.gauges.admitted("denied")
+                raise
+            return []
+        return reserved
 
     def guess(self, runtime: Runtime, prepared: Prepared, features: FeatureMap) -> int:
         """What the call will cost by its estimate, in XUSD; asked only where a scope shows it."""
         row = prepared.row
         if not prepared.context.scopes:
             return 0
-        names = features.names(row.feature_code)
+        names = None if row.unsplit else features.names(row.feature_code)
         return runtime.prices.guess(row.feature_code, names, row.estimated_input, row.estimated_output)
 
     def _store(self, runtime: Runtime, prepared: Prepared, mode: Mode, features: FeatureMap) -> Watch:
@@ -291,6 +348,11 @@ class Admissions:
         elif isinstance(outcome, Lease):
             self._denials.clear(customer)
             self._cap.reset(principal_id)
+
+
+def _give_back(scopes: list[Scope], operation_id: str) -> None:
+    for scope in scopes:
+        scope.closed(operation_id, None)
 
 
 def _reason(error: GateError | None) -> str | None:

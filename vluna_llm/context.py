@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType, TracebackType
 from typing import Any
 
+from .budget import Amount, Limits
 from .errors import GateError
 from .identity import validate_code, validate_id, validate_labels
 from .reentry import held
@@ -38,6 +39,7 @@ _FIELDS = (
     "end_user",
     "request_id",
     "idempotency_key",
+    "parent_operation_id",
 )
 
 
@@ -55,6 +57,7 @@ class CallContext:
         end_user: who used it, as a label; it has no purse.
         request_id: the caller's own request id, sent to the gate and stored as a label.
         idempotency_key: names a job that may be run more than once (design rule 17).
+        parent_operation_id: the operation inside which the work is done; stored as a label.
         scopes: the scopes that add up this call, innermost last.
         job: the scope in which ``idempotency_key`` was given: one run of the job, whatever contexts it opens inside.
     """
@@ -67,6 +70,7 @@ class CallContext:
     end_user: str | None = None
     request_id: str | None = None
     idempotency_key: str | None = None
+    parent_operation_id: str | None = None
     labels: Mapping[str, str] = field(default_factory=_no_labels, hash=False)
     scopes: tuple[Scope, ...] = ()
     job: Scope | None = None
@@ -132,8 +136,10 @@ def make_context(
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    estimated_xusd: int
-    kept: object
+    """One operation that is not settled: what it will cost, and what of its tokens is not counted as used yet."""
+
+    estimate: Amount
+    kept: object = None
 
 
 _scopes: weakref.WeakSet[Scope] = weakref.WeakSet()
@@ -146,15 +152,16 @@ class Scope:
     from any thread. At most the last 10,000 receipts are kept; the sums count all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits | None = None) -> None:
         self._guard = threading.RLock()
         self._changed = threading.Condition(self._guard)
         self._pending: dict[str, _Entry] = {}
+        self._limits = limits
         _scopes.add(self)
         self._receipts: deque[Receipt] = deque(maxlen=_MAX_RECEIPTS)
         self._usage = TokenUsage()
         self._settled_xusd = 0
-        self._estimated_xusd = 0
+        self._in_flight = Amount()
         self._occurrences: dict[str, int] = {}
         self._last_denial: GateError | None = None
 
@@ -189,7 +196,7 @@ class Scope:
     def estimated_xusd(self) -> int:
         """What pending operations will cost by their estimate, in XUSD (0 where prices are not known)."""
         with self._changed:
-            return self._estimated_xusd
+            return self._in_flight.xusd
 
     @property
     def pending(self) -> int:
@@ -229,32 +236,76 @@ class Scope:
         self._guard = threading.RLock()
         self._changed = threading.Condition(self._guard)
         self._pending.clear()
-        self._estimated_xusd = 0
+        self._in_flight = Amount()
 
     # -- told by the lifecycle, from any thread ------------------------------------------------------------------
 
-    def opened(self, operation_id: str, estimated_xusd: int = 0, *, kept: object = None) -> None:
-        """An operation started in this scope, which keeps ``kept`` until it is closed."""
+    @property
+    def limits(self) -> Limits | None:
+        """What everything in here may cost at most."""
+        return self._limits
+
+    def reserve(self, operation_id: str, estimate: Amount) -> None:
+        """Count an operation that is about to be admitted as in flight, if there is room for it. Again: once.
+
+        Raises:
+            BudgetExceeded: there is none; nothing was counted.
+        """
         with self._changed:
-            self._pending[operation_id] = _Entry(estimated_xusd, kept)
-            self._estimated_xusd += estimated_xusd
+            known = self._pending.get(operation_id, _Entry(Amount()))
+            if self._limits is not None:
+                spent = Amount(self._settled_xusd, self._usage.total_tokens)
+                if (refusal := self._limits.judge(spent, self._in_flight - known.estimate, estimate)) is not None:
+                    raise refusal
+            self._put(operation_id, _Entry(estimate, known.kept))
+
+    def opened(self, operation_id: str, estimated_xusd: int = 0, *, kept: object = None) -> None:
+        """An operation started in this scope, which keeps ``kept`` until it is closed.
+
+        What was reserved for it stays as it is.
+        """
+        with self._changed:
+            known = self._pending.get(operation_id)
+            self._put(operation_id, _Entry(Amount(estimated_xusd) if known is None else known.estimate, kept))
+
+    def _put(self, operation_id: str, entry: _Entry) -> None:
+        known = self._pending.get(operation_id)
+        self._pending[operation_id] = entry
+        self._in_flight += entry.estimate if known is None else entry.estimate - known.estimate
 
     def denied(self, error: GateError) -> None:
         """The gate refused a call of this scope."""
         with self._changed:
             self._last_denial = error
 
-    def used(self, usage: TokenUsage) -> None:
-        """An operation completed with this usage."""
+    def used(self, usage: TokenUsage, operation_id: str = "", cost_xusd: int | None = None) -> None:
+        """An operation completed with this usage.
+
+        Args:
+            usage: what it used.
+            operation_id: which one, where it was `opened` here.
+            cost_xusd: what that costs by the prices known; None where none are, and its first estimate stays.
+        """
         with self._changed:
             self._usage = self._usage + usage
+            self._estimated_anew(operation_id, cost_xusd)
+
+    def unused(self, operation_id: str) -> None:
+        """An operation ended without usage: nothing of it is in flight any more."""
+        with self._changed:
+            self._estimated_anew(operation_id, 0)
+
+    def _estimated_anew(self, operation_id: str, xusd: int | None) -> None:
+        entry = self._pending.get(operation_id)
+        if entry is not None:
+            self._put(operation_id, _Entry(Amount(entry.estimate.xusd if xusd is None else xusd), entry.kept))
 
     def closed(self, operation_id: str, receipt: Receipt | None) -> None:
         """An operation came to its end; ``receipt`` is None where the gate had nothing to say."""
         with self._changed:
             entry = self._pending.pop(operation_id, None)
             if entry is not None:
-                self._estimated_xusd -= entry.estimated_xusd
+                self._in_flight -= entry.estimate
             if receipt is not None:
                 self._receipts.append(receipt)
                 if receipt.charged_xusd:
@@ -286,8 +337,13 @@ class call_context:
     Entering gives a `Scope`. The context follows `contextvars`: into tasks and callbacks started inside, not into
     threads. A generator handed to a web framework inside the ``with`` runs after it was left: use ``vluna.bind`` there.
 
+    ``max_amount_xusd`` and ``max_tokens`` limit what everything inside may cost, contexts of other customers included:
+    the call that would go beyond is refused by `BudgetExceeded` before the gate is asked. Calls under way count by
+    their estimates. Tokens are in the unit of each feature; in mode ``observe`` nothing is refused.
+
     Raises:
-        ConfigurationError: on construction, for an id that could not be signed or a label that could not be stored.
+        ConfigurationError: on construction, for an id that could not be signed, a label that could not be stored, or a
+            limit that is no integer of at least 0.
     """
 
     def __init__(
@@ -302,7 +358,11 @@ class call_context:
         end_user: str | None = None,
         request_id: str | None = None,
         idempotency_key: str | None = None,
+        max_amount_xusd: int | None = None,
+        max_tokens: int | None = None,
     ) -> None:
+        limited = max_amount_xusd is not None or max_tokens is not None
+        self._limits = Limits(max_amount_xusd, max_tokens) if limited else None
         self._own = make_context(
             principal_id=principal_id,
             user_id=user_id,
@@ -317,7 +377,7 @@ class call_context:
         self._entered: list[tuple[CallContext, Token[CallContext | None]]] = []
 
     def __enter__(self) -> Scope:
-        scope = Scope()
+        scope = Scope(self._limits)
         job = scope if self._own.idempotency_key is not None else None
         merged = current_context().override(replace(self._own, scopes=(scope,), job=job))
         self._entered.append((merged, _current.set(merged)))
@@ -349,6 +409,19 @@ def within(context: CallContext) -> Iterator[CallContext]:
     token = _current.set(merged)
     try:
         yield merged
+    finally:
+        try:
+            _current.reset(token)
+        except ValueError:
+            pass  # left in another task than it was entered in, which never saw it
+
+
+@contextmanager
+def afresh() -> Iterator[None]:
+    """Nothing of the surrounding context holds in the ``with``: a server may have been started in somebody's."""
+    token = _current.set(None)
+    try:
+        yield
     finally:
         try:
             _current.reset(token)

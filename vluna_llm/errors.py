@@ -5,6 +5,7 @@
     VlunaError
     ├── ConfigurationError        a setting is missing or wrong; raised before anything is spent
     ├── MissingPrincipal          nobody to bill was named
+    ├── BudgetExceeded            the task has spent what its call_context allows; the gate was not asked
     ├── OutboxUnavailable         the journal cannot be written, and the settings say to refuse then
     └── GateError                 the gate answered, or could not be asked
         ├── GateDenied            this customer may not: credit, quota, budget, entitlement, disabled
@@ -23,6 +24,7 @@ from typing import Any, Literal
 from .types import Hint
 
 DenialReason = Literal["insufficient_credit", "quota", "budget", "entitlement", "disabled"]
+LimitName = Literal["max_amount_xusd", "max_tokens"]
 
 
 class VlunaError(Exception):
@@ -43,6 +45,40 @@ class MissingPrincipal(VlunaError):
             '`with call_context(principal_id="...")`, use `vluna.bind(client, principal_id="...")`, '
             "or set VLUNA_LLM_PRINCIPAL for a program with a single customer."
         )
+
+
+class BudgetExceeded(VlunaError):
+    """The next call would take a task beyond what its ``call_context(max_amount_xusd=..., max_tokens=...)`` allows.
+
+    Raised before the gate and the provider are asked. Not to be mixed up with a budget that the gate keeps
+    (``budget_id``), which refuses by `GateDenied` with the reason ``budget``.
+
+    Attributes:
+        limit: which one: ``max_amount_xusd`` or ``max_tokens``.
+        maximum: its value.
+        spent: what the task has used, in the limit's unit.
+        in_flight: what its calls under way will use by their estimates.
+        asked: what the refused call would have used by its estimate; 0 where that is not known.
+    """
+
+    def __init__(self, *, limit: LimitName, maximum: int, spent: int, in_flight: int, asked: int) -> None:
+        self.limit: LimitName = limit
+        self.maximum = maximum
+        self.spent = spent
+        self.in_flight = in_flight
+        self.asked = asked
+        unit = "XUSD" if limit == "max_amount_xusd" else "tokens"
+        super().__init__(
+            f"This task may use {maximum} {unit} ({limit} of its call_context): {spent} are spent, {in_flight} are in "
+            f"flight, and the next call needs about {asked}. It was not made; raise {limit} or end the task."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _budget_exceeded, (self.limit, self.maximum, self.spent, self.in_flight, self.asked)
+
+
+def _budget_exceeded(limit: LimitName, maximum: int, spent: int, in_flight: int, asked: int) -> BudgetExceeded:
+    return BudgetExceeded(limit=limit, maximum=maximum, spent=spent, in_flight=in_flight, asked=asked)
 
 
 class OutboxUnavailable(VlunaError):

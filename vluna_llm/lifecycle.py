@@ -249,14 +249,27 @@ class Operation:
         if usage is not None and not self._used:
             self._used = True
             for scope in self._watch.scopes:
-                scope.used(usage)
+                scope.used(usage, self.operation_id, self._cost(runtime, row, usage))
             if verdict.source == "provider" and self._estimate is not None:
                 runtime.learn(row.feature_code, self._estimate, usage)
+        elif usage is None:
+            for scope in self._watch.scopes:
+                scope.unused(self.operation_id)
         if row.state.settlement == "pending":
             runtime.settler.enqueue(row)
         elif row.state.settlement == "lapsed":
             runtime.ledger.settled(row, receipt_of(row, "lapsed", None, None))
         self._tell(runtime, row, verdict, cause)
+
+    @staticmethod
+    def _cost(runtime: Runtime, row: Row, usage: TokenUsage) -> int | None:
+        """What the usage costs by the prices known, in XUSD; None where none are."""
+        if not runtime.prices.knows(row.feature_code):
+            return None
+        names = None if row.unsplit else runtime.names(row.feature_code)
+        return runtime.prices.guess(
+            row.feature_code, names, usage.input_tokens, usage.output_tokens, usage.cached_tokens
+        )
 
     def _tell(self, runtime: Runtime, row: Row, verdict: Verdict, cause: str | None) -> None:
         if verdict.work == "completed" and verdict.source == "estimated" and verdict.usage is not None:

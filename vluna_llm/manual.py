@@ -1,14 +1,19 @@
-"""Work that costs money and is no model call: ``with vluna.operation(feature_code=..., estimate=...) as op``."""
+"""Work that costs money and is no model call: ``with vluna.operation(feature_code=..., estimate=...) as op``.
+
+What is asked of the gate inside such work, model calls and operations of their own, bears its id as the label
+``parent_operation_id``.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from .context import CallContext
+from .context import CallContext, current_context, within
 from .lifecycle import Operation
 from .types import Lease, Receipt
 from .usage.types import TokenUsage
@@ -24,11 +29,13 @@ class RecordedOperation:
 
     Attributes:
         operation_id: ours, a UUID; empty where the work is not metered (mode ``off``).
+        parent_operation_id: the operation around this one; None where there is none.
         lease: what authorize returned; None where the work runs without one.
     """
 
     def __init__(self, operation: Operation | None) -> None:
         self._operation = operation
+        self.parent_operation_id = current_context().parent_operation_id
         self._recorded: int | TokenUsage | None = None
         self.operation_id = operation.operation_id if operation else ""
         self.lease: Lease | None = operation.lease if operation else None
@@ -55,6 +62,10 @@ class RecordedOperation:
         """`wait` for coroutines."""
         return await self._operation.wait_async(timeout) if self._operation else None
 
+    def _around(self) -> AbstractContextManager[object]:
+        """What runs in the ``with`` is work inside this one."""
+        return within(CallContext(parent_operation_id=self.operation_id)) if self.operation_id else nullcontext()
+
     def _end(self, vluna: Vluna, error: BaseException | None) -> None:
         if self._operation is None:
             return
@@ -69,64 +80,171 @@ class RecordedOperation:
 
 
 class OperationContext:
-    """What ``vluna.operation(...)`` returns: a context manager, an async one, and a decorator of both kinds."""
+    """What ``vluna.operation(...)`` returns: a context manager, an async one, and a decorator of four kinds."""
 
     def __init__(self, vluna: Vluna, context: CallContext, estimate: int) -> None:
         self._vluna = vluna
         self._context = context
         self._estimate = estimate
-        self._open: list[RecordedOperation] = []
+        self._open: list[tuple[RecordedOperation, ExitStack]] = []
 
     def __enter__(self) -> RecordedOperation:
-        operation = self._vluna.begin_work(self._context, self._estimate)
-        self._open.append(RecordedOperation(operation))
-        return self._open[-1]
+        return self._entered(self._begin())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._open.pop()._end(self._vluna, error)
+        op, around = self._open.pop()
+        around.close()
+        op._end(self._vluna, error)
 
     async def __aenter__(self) -> RecordedOperation:
-        operation = await self._vluna.abegin_work(self._context, self._estimate)
-        self._open.append(RecordedOperation(operation))
-        return self._open[-1]
+        return self._entered(await self._abegin())
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._open.pop()._end(self._vluna, error)
+        self.__exit__(kind, error, traceback)
+
+    def _begin(self) -> RecordedOperation:
+        return RecordedOperation(self._vluna.begin_work(self._context, self._estimate))
+
+    async def _abegin(self) -> RecordedOperation:
+        return RecordedOperation(await self._vluna.abegin_work(self._context, self._estimate))
+
+    def _entered(self, op: RecordedOperation) -> RecordedOperation:
+        around = ExitStack()
+        around.enter_context(op._around())
+        self._open.append((op, around))
+        return op
 
     def __call__(self, function: F) -> F:
-        """Decorate a function or coroutine function. A parameter named ``op`` receives the running operation.
+        """Decorate a function, coroutine function, generator function or async generator function.
 
-        Without one the estimate is booked when the function returns, and nothing when it raises.
+        A parameter named ``op`` receives the running operation. Without one the estimate is booked when the function
+        returns or the generator is exhausted, and nothing when it raises or is left early. The gate is asked when the
+        function is called; for a generator, when its first item is asked for.
         """
-        takes_op = "op" in inspect.signature(function).parameters
-
-        def prepared(op: RecordedOperation, kwargs: dict[str, Any]) -> dict[str, Any]:
-            return {**kwargs, "op": op} if takes_op and "op" not in kwargs else kwargs
-
-        def returned(op: RecordedOperation) -> None:
-            if not takes_op:
-                op.record(quantity=self._estimate)
-
+        if inspect.isasyncgenfunction(function):
+            return cast(F, self._generating_async(function))
+        if inspect.isgeneratorfunction(function):
+            return cast(F, self._generating(function))
         if inspect.iscoroutinefunction(function):
+            return cast(F, self._running_async(function))
+        return cast(F, self._running(function))
 
-            @functools.wraps(function)
-            async def run_async(*args: Any, **kwargs: Any) -> Any:
-                async with OperationContext(self._vluna, self._context, self._estimate) as op:
-                    result = await function(*args, **prepared(op, kwargs))
-                    returned(op)
-                    return result
-
-            return cast(F, run_async)
+    def _running(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        inside = _Inside(function, self._estimate)
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            with OperationContext(self._vluna, self._context, self._estimate) as op:
-                result = function(*args, **prepared(op, kwargs))
-                returned(op)
+            with self._once() as op:
+                result = function(*args, **inside.given(op, kwargs))
+                inside.returned(op)
                 return result
 
-        return cast(F, run)
+        return run
+
+    def _running_async(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        inside = _Inside(function, self._estimate)
+
+        @functools.wraps(function)
+        async def run(*args: Any, **kwargs: Any) -> Any:
+            async with self._once() as op:
+                result = await function(*args, **inside.given(op, kwargs))
+                inside.returned(op)
+                return result
+
+        return run
+
+    def _generating(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        inside = _Inside(function, self._estimate)
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+            op = self._begin()
+            try:
+                result = yield from _stepwise(function(*args, **inside.given(op, kwargs)), op)
+                inside.returned(op)
+            except BaseException as error:
+                op._end(self._vluna, error)
+                raise
+            op._end(self._vluna, None)
+            return result
+
+        return run
+
+    def _generating_async(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        inside = _Inside(function, self._estimate)
+
+        @functools.wraps(function)
+        async def run(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+            op = await self._abegin()
+            value: Any = None
+            error: BaseException | None = None
+            try:
+                steps = function(*args, **inside.given(op, kwargs))
+                while True:
+                    with op._around():
+                        try:
+                            item = await (steps.asend(value) if error is None else steps.athrow(error))
+                        except StopAsyncIteration:
+                            break
+                    value, error = None, None
+                    try:
+                        value = yield item
+                    except GeneratorExit:
+                        with op._around():
+                            await steps.aclose()
+                        raise
+                    except BaseException as thrown:
+                        error = thrown
+                inside.returned(op)
+            except BaseException as left:
+                op._end(self._vluna, left)
+                raise
+            op._end(self._vluna, None)
+
+        return run
+
+    def _once(self) -> OperationContext:
+        """One of its own for each call of a decorated function: calls may overlap."""
+        return OperationContext(self._vluna, self._context, self._estimate)
+
+
+class _Inside:
+    """How a decorated function is handed the operation, and what its return books."""
+
+    def __init__(self, function: Callable[..., Any], estimate: int) -> None:
+        self._takes_op = "op" in inspect.signature(function).parameters
+        self._estimate = estimate
+
+    def given(self, op: RecordedOperation, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments, with the operation where the function has a place for it."""
+        return {**kwargs, "op": op} if self._takes_op and "op" not in kwargs else kwargs
+
+    def returned(self, op: RecordedOperation) -> None:
+        """It came to its end."""
+        if not self._takes_op:
+            op.record(quantity=self._estimate)
+
+
+def _stepwise(steps: Generator[Any, Any, Any], op: RecordedOperation) -> Generator[Any, Any, Any]:
+    """Run a generator step by step: between two steps the context is its consumer's, who shares the thread with it."""
+    value: Any = None
+    error: BaseException | None = None
+    while True:
+        with op._around():
+            try:
+                item = steps.send(value) if error is None else steps.throw(error)
+            except StopIteration as stop:
+                return stop.value
+        value, error = None, None
+        try:
+            value = yield item
+        except GeneratorExit:
+            with op._around():
+                steps.close()
+            raise
+        except BaseException as thrown:
+            error = thrown

@@ -85,6 +85,8 @@ def prepare(
     labels = dict(context.labels)
     if context.end_user:
         labels["end_user"] = context.end_user
+    if context.parent_operation_id:
+        labels["parent_operation_id"] = context.parent_operation_id
     row = Row(
         operation_id=operation_id,
         base_url=base_url,

@@ -66,16 +66,39 @@ class PriceBook:
         with self._guard:
             self._known.pop(feature_code, None)
 
-    def guess(self, feature_code: str, names: MeterNames, input_tokens: int, output_tokens: int) -> int:
-        """What these tokens would cost in XUSD by the prices known now; 0 where none are. Never asks the gate."""
+    def knows(self, feature_code: str) -> bool:
+        """Whether `guess` has prices to go by, maybe old ones."""
+        return feature_code in self._known
+
+    def guess(
+        self,
+        feature_code: str,
+        names: MeterNames | None,
+        input_tokens: int,
+        output_tokens: int = 0,
+        cached_tokens: int = 0,
+    ) -> int:
+        """What these tokens would cost in XUSD by the prices known now; 0 where none are. Never asks the gate.
+
+        ``cached_tokens`` are a part of the input. Without ``names`` all of it is priced by the primary meter.
+        """
         found = self._known.get(feature_code)
         if found is None:
             return 0
-        codes = names.codes(feature_code)
-        primary = found[1].get(feature_code)
+        prices = found[1]
+        if names is None:
+            split: tuple[tuple[tuple[str, ...], int], ...] = (((), input_tokens + output_tokens),)
+        else:
+            codes = names.codes(feature_code)
+            cached = min(cached_tokens, input_tokens)
+            split = (
+                ((codes.input,), input_tokens - cached),
+                ((codes.cached, codes.input), cached),
+                ((codes.output,), output_tokens),
+            )
         total = 0
-        for code, quantity in ((codes.input, input_tokens), (codes.output, output_tokens)):
-            price = found[1].get(code) or primary
+        for chain, quantity in split:
+            price = next((prices[code] for code in (*chain, feature_code) if code in prices), None)
             if price is not None:
                 total += quantity * price.unit_price_xusd // max(price.unit_quantity, 1)
         return total

@@ -98,6 +98,7 @@ class Runtime:
         self.async_gate = async_gate
         self.estimator = estimator
         self.telemetry = telemetry
+        self.names = names
         self.forgone: Counter[str] = Counter()
         self._lessons: deque[tuple[str, Estimate, TokenUsage]] = deque(maxlen=1_000)
         self.closed = False

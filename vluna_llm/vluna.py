@@ -420,6 +420,8 @@ class Vluna:
     def _admit(self, prepared: Prepared) -> Operation | None:
         mode, admissions = self._mode, self._admissions
         try:
+            if admissions.lacks_price(self._process, prepared):
+                admissions.ask_price(self._process, prepared)
             admissions.store(self._process, prepared, mode, self._features)
             outcome: Lease | GateError | None = admissions.without_asking()
             if outcome is None:
@@ -435,6 +437,8 @@ class Vluna:
     async def _aadmit(self, prepared: Prepared) -> Operation | None:
         mode, admissions = self._mode, self._admissions
         try:
+            if admissions.lacks_price(self._process, prepared):
+                await in_thread(admissions.ask_price, self._process, prepared)
             admissions.store(self._process, prepared, mode, self._features)
             outcome: Lease | GateError | None = admissions.without_asking()
             if outcome is None:
@@ -463,6 +467,13 @@ class Vluna:
 
     def _running(self) -> Runtime:
         return self._process.running()
+
+
+async def in_thread(function: Callable[..., object], *args: object) -> None:
+    """Run it without holding up the loop, whichever kind of loop it is."""
+    from anyio import to_thread
+
+    await to_thread.run_sync(function, *args)
 
 
 _default: Vluna | None = None

@@ -14,7 +14,8 @@ from books import Books
 
 from vluna_llm import Vluna
 from vluna_llm.errors import GateDenied, GateRateLimited, MissingPrincipal
-from vluna_llm.integrations._litellm_answer import answer_to, refusal_in
+from vluna_llm.integrations._answer import answer_to
+from vluna_llm.integrations._litellm_answer import refusal_in
 from vluna_llm.integrations.litellm import VlunaCallback
 
 HOOKS = (

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,11 @@ import pytest
 pytest.importorskip("fastapi", reason="LiteLLM's proxy is not installed: pip install 'litellm[proxy]'")
 pytest.importorskip("apscheduler", reason="LiteLLM's proxy is not installed: pip install 'litellm[proxy]'")
 
-import litellm
 from books import MESSAGES, Books, eventually
-from provider import Provider, Seen
+from provider import Seen
 from proxy import LiteLLMProxy, key
 from upstream import Recorded, Upstream
 
-from vluna_llm import Vluna, call_context
-from vluna_llm.errors import GateDenied
 from vluna_llm.sandbox import Sandbox
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"0" * 50
@@ -223,55 +219,3 @@ def test_a_route_that_ends_in_a_metered_function_bills_the_customer_of_the_key(
     answer = stage.post(team, path, body)
     assert answer.status_code == 200, answer.text
     assert stage.charged(team) == [GPT]
-
-
-# -- in a program ------------------------------------------------------------------------------------------------------
-
-
-def _edit(api_base: str) -> Any:
-    image = io.BytesIO(PNG)
-    image.name = "a.png"
-    return litellm.image_edit(
-        image, "a lighthouse", "openai/gpt-image-1", api_base=api_base, api_key="sk", mock_response="made up"
-    )
-
-
-def test_an_image_is_edited_however_it_is_passed(metered: Vluna, provider: Provider, books: Books) -> None:
-    """`image_edit` takes no notice of ``mock_response``, also where the image is a positional argument."""
-    books.run(metered, lambda: _edit(provider.base_url))
-    assert len(provider.posts()) == 1
-    books.once("openai.gpt-image-1", 1050)
-
-
-def test_a_deployment_that_embedding_takes_no_notice_of(metered: Vluna, provider: Provider, books: Books) -> None:
-    """What LiteLLM asks for is what is billed."""
-    work: Callable[[], Any] = lambda: litellm.embedding(  # noqa: E731
-        "openai/text-embedding-3-small", ["hi"], deployment_id="cheap", api_base=provider.base_url, api_key="sk"
-    )
-    books.run(metered, work)
-    books.once(*EMBEDDING)
-
-
-def test_a_retrying_function_asks_a_denied_customer_once(
-    metered: Vluna, provider: Provider, shared_gate: Sandbox, customer: str
-) -> None:
-    """`completion_with_retries` is one call: what the gate has refused is not asked again."""
-    shared_gate.set_credit(customer, 0)
-    before = len(shared_gate.requests)
-    with call_context(principal_id=customer), pytest.raises(GateDenied):
-        litellm.completion_with_retries(
-            model="openai/gpt-4o", messages=MESSAGES, num_retries=3, api_base=provider.base_url, api_key="sk"
-        )
-    asked = [seen for seen in shared_gate.requests[before:] if "authorize" in seen.path]
-    assert len(asked) == 1
-
-
-def test_a_retrying_function_is_one_operation(metered: Vluna, provider: Provider, books: Books) -> None:
-    """`completion_with_retries`, the first try of which fails: one lease."""
-    provider.behaviour = "flaky"
-    options = {"api_base": provider.base_url, "api_key": "sk", "max_retries": 0}
-    work: Callable[[], Any] = lambda: litellm.completion_with_retries(  # noqa: E731
-        model="openai/gpt-4o", messages=MESSAGES, num_retries=2, **options
-    )
-    books.run(metered, work)
-    books.once()

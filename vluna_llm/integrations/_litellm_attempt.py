@@ -12,7 +12,7 @@ embedding for its semantic cache), and hooks of the user may ask a model themsel
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
@@ -24,14 +24,15 @@ from ..errors import ConfigurationError, VlunaError
 from ..slot import Slot, inside
 from ._litellm_ask import ask_usage, is_refused, remember_refusal, upstream_of
 from ._litellm_background import response_id_of
-from ._litellm_call import LogicalCall, call_for, current_call, family_of, refusal
+from ._litellm_call import LogicalCall, call_for, current_call, current_request, family_of, refusal
 from ._litellm_metadata import Trace, strip, take_identity
+from ._litellm_models import as_deployed, positional_names
 from ._litellm_parts import TOO_LONG, part
 from ._litellm_stream import watch
 from ._litellm_usage import costs_nothing, ending_of, model_call_of, pending, spent
 
 if TYPE_CHECKING:
-    from ..lifecycle import Operation
+    from ..lifecycle import ModelCall, Operation
     from ..vluna import Vluna
 
 _SELF_CALLS: Final = (
@@ -65,6 +66,7 @@ class Attempt:
         "entered",
         "failed_inside",
         "fallbacks",
+        "function",
         "kind",
         "kwargs",
         "model_call",
@@ -75,7 +77,8 @@ class Attempt:
         "trace",
     )
 
-    def __init__(self, vluna: Vluna, kind: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def __init__(self, function: Callable[..., Any], kind: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self.function = function
         self.kind = kind
         self.args = args
         self.kwargs = kwargs
@@ -96,7 +99,11 @@ class Attempt:
         self.raw: Any = None
         self.trace = Trace(self)
         self.call: LogicalCall
-        self.model_call = model_call_of(kind, kwargs, args)
+        self.model_call = self._named(kwargs, args)
+
+    def _named(self, kwargs: Mapping[str, Any], args: Sequence[Any]) -> ModelCall:
+        said = kwargs if current_request() is None else as_deployed(kwargs)
+        return model_call_of(self.kind, said, args, positional_names(self.function) if args else ())
 
     @property
     def vluna(self) -> Vluna:
@@ -175,7 +182,7 @@ class Attempt:
                 if model is not None:
                     self.fallbacks = None
                     self.kwargs, self.args = _with_model(self.kwargs, self.args, model)
-                    self.model_call = model_call_of(self.kind, self.kwargs, self.args)
+                    self.model_call = self._named(self.kwargs, self.args)
                     return True
         except Exception:
             self.vluna.internal_error("litellm.again")
@@ -297,7 +304,9 @@ def is_own_call(kwargs: Mapping[str, Any]) -> bool:
     return any(kwargs.get(name) is True for name in _SELF_CALLS)
 
 
-def open_attempt(vluna: Vluna, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attempt | None:
+def open_attempt(
+    vluna: Vluna, function: Callable[..., Any], kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Attempt | None:
     """The attempt that this run of an entry function is; None where it is none of ours.
 
     Raises:
@@ -313,7 +322,7 @@ def open_attempt(vluna: Vluna, kind: str, args: Sequence[Any], kwargs: Mapping[s
         elif isinstance(trace.owner, CallContext):
             bound = trace.owner if bound is None else trace.owner.override(bound)
     try:
-        return _opened(vluna, kind, args, given, bound, around, call)
+        return _opened(vluna, Attempt(function, kind, args, given), bound, around, call)
     except VlunaError:
         raise
     except Exception:
@@ -338,14 +347,11 @@ def _identity(vluna: Vluna, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 def _opened(
     vluna: Vluna,
-    kind: str,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
+    attempt: Attempt,
     bound: CallContext | None,
     around: Attempt | None,
     call: LogicalCall | None,
 ) -> Attempt:
-    attempt = Attempt(vluna, kind, args, kwargs)
     if around is not None and call is around.call:
         attempt.parent = around
     if call is None or not _belongs(attempt, call, bound):

@@ -18,111 +18,19 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import litellm
 
 from ..context import CallContext, current_context
-from ..errors import VlunaError
+from ..errors import ConfigurationError, VlunaError
 from ..tap import INLINE_SECONDS
 from ._litellm_attempt import Attempt, current_attempt, is_own_call, open_attempt
 from ._litellm_background import RETRIEVES, book_retrieved
-from ._litellm_call import LogicalCall, refusal
+from ._litellm_call import LogicalCall, current_request, refusal
+from ._litellm_functions import BATCHES, HOMES, METERED, MOCKS, RETRYING, UNMETERED, UNMETERED_HOMES
 from ._litellm_metadata import KEY, Trace, take_identity
+from ._litellm_models import other_model
 from ._litellm_names import found, replace_everywhere
 from ._litellm_parts import BUILDER, TOO_LONG, part
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
-
-_HOMES: Final = (
-    "litellm",
-    "litellm.main",
-    "litellm.responses.main",
-    "litellm.images.main",
-    "litellm.llms.anthropic.pass_through.messages.handler",
-    "litellm.llms.anthropic.experimental_pass_through.messages.handler",
-)
-METERED: Final[Mapping[str, str]] = {
-    "completion": "chat.completions",
-    "acompletion": "chat.completions",
-    "responses": "responses",
-    "aresponses": "responses",
-    "compact_responses": "responses",
-    "acompact_responses": "responses",
-    "text_completion": "completions",
-    "atext_completion": "completions",
-    "embedding": "embeddings",
-    "aembedding": "embeddings",
-    "image_generation": "images",
-    "aimage_generation": "images",
-    "image_edit": "images",
-    "aimage_edit": "images",
-    "image_variation": "images",
-    "aimage_variation": "images",
-    "transcription": "audio",
-    "atranscription": "audio",
-    "anthropic_messages": "anthropic.messages",
-    "anthropic_messages_handler": "anthropic.messages",
-}
-"""LiteLLM's functions whose answers bring usage, and the API that each speaks."""
-
-_UNMETERED_HOMES: Final = (
-    "litellm",
-    "litellm.main",
-    "litellm.google_genai.main",
-    "litellm.rerank_api.main",
-    "litellm.realtime_api.main",
-    "litellm.responses.main",
-    "litellm.batches.main",
-    "litellm.videos.main",
-    "litellm.ocr.main",
-    "litellm.search.main",
-    "litellm.assistants.main",
-    "litellm.rag.main",
-)
-UNMETERED: Final = (
-    "speech",
-    "aspeech",
-    "rerank",
-    "arerank",
-    "create_batch",
-    "acreate_batch",
-    "create_fine_tuning_job",
-    "acreate_fine_tuning_job",
-    "video_generation",
-    "avideo_generation",
-    "video_remix",
-    "avideo_remix",
-    "video_edit",
-    "avideo_edit",
-    "video_extension",
-    "avideo_extension",
-    "ocr",
-    "aocr",
-    "search",
-    "asearch",
-    "run_thread",
-    "arun_thread",
-    "run_thread_stream",
-    "arun_thread_stream",
-    "generate_content",
-    "agenerate_content",
-    "generate_content_stream",
-    "agenerate_content_stream",
-    "_arealtime",
-    "_aresponses_websocket",
-    "acreate_realtime_client_secret",
-    "arealtime_calls",
-)
-"""Those that cost money and are not metered: each call of one follows ``on_unmetered`` (design rule 18)."""
-
-_BATCHES: Final = ("batch_completion", "batch_completion_models", "batch_completion_models_all_responses")
-"""Those that make many calls at once, in threads that know nothing of the caller's context."""
-
-
-_MOCKS: Final[Mapping[str, tuple[str, ...]]] = {
-    "chat.completions": ("mock_response", "mock_tool_calls", "mock_timeout"),
-    "completions": ("mock_response", "mock_tool_calls", "mock_timeout"),
-    "embeddings": ("mock_response",),
-    "images": ("mock_response",),
-}
-"""The arguments by which LiteLLM's functions make an answer up."""
 
 
 class _Installed:
@@ -149,10 +57,10 @@ def install(vluna: Vluna) -> list[str]:
         _installed.vluna = vluna
         twins: dict[Callable[..., Any], Callable[..., Any]] = {}
         for homes, names, wrap in (
-            (_HOMES, tuple(METERED), _metered),
-            (_UNMETERED_HOMES, UNMETERED, _unmetered),
-            (_HOMES, _BATCHES, _batch),
-            (_HOMES, RETRIEVES, _retrieve),
+            (HOMES, tuple(METERED), _metered),
+            (UNMETERED_HOMES, UNMETERED, _unmetered),
+            (HOMES, BATCHES, _batch),
+            (HOMES, RETRIEVES, _retrieve),
         ):
             for name in names:
                 for function in found(homes, name):
@@ -161,7 +69,7 @@ def install(vluna: Vluna) -> list[str]:
         # What was wrapped before is put in the place of names that were bound to the original meanwhile, too.
         replace_everywhere({**_installed.twins, **twins})
         _installed.twins.update(twins)
-        return [f"litellm.{name}" for name in METERED if not found(_HOMES, name)]
+        return [f"litellm.{name}" for name in METERED if not found(HOMES, name)]
 
 
 def uninstall() -> None:
@@ -293,36 +201,60 @@ def _begin(original: Callable[..., Any], kind: str, args: tuple[Any, ...], kwarg
         ConfigurationError: what ``metadata["vluna"]`` says is unusable.
     """
     vluna = _metering()
-    if vluna is None or _is_mocked(kind, kwargs):
+    name = str(getattr(original, "__name__", ""))
+    if vluna is None or _is_mocked(name, kind, kwargs):
         return None
     around = current_attempt()
-    if around is not None and (is_own_call(kwargs) or around.hands_to(original)):
+    if around is not None and (is_own_call(kwargs) or around.hands_to(original) or name in RETRYING):
         return None
-    attempt = open_attempt(vluna, kind, args, kwargs)
+    attempt = open_attempt(vluna, original, kind, args, kwargs)
     if attempt is not None:
         attempt.behind = getattr(original, "__wrapped__", None)
+        _sell_what_is_asked(vluna, attempt)
         try:
-            _prepare(attempt)
+            _prepare(attempt, is_async=inspect.iscoroutinefunction(original))
         except Exception:
             vluna.internal_error("litellm.prepare")
     return attempt
 
 
-def _is_mocked(kind: str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether LiteLLM makes the answer up. The other APIs take no notice of these arguments and ask the provider: a
-    proxy's client, who writes them into the body, would have its answers for nothing."""
+def _is_mocked(name: str, kind: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether LiteLLM makes the answer up. The other functions take no notice of these arguments and ask the provider:
+    a proxy's client, who writes them into the body, would have its answers for nothing."""
     if kind in ("responses", "anthropic.messages"):
         return isinstance(said := kwargs.get("mock_response"), str) and bool(said)
-    if kind == "images" and kwargs.get("image") is not None:
+    if kind == "images" and not name.endswith("image_generation"):
         return False
-    return any(kwargs.get(name) for name in _MOCKS.get(kind, ()))
+    return any(kwargs.get(name) for name in MOCKS.get(kind, ()))
 
 
-def _prepare(attempt: Attempt) -> None:
+def _sell_what_is_asked(vluna: Vluna, attempt: Attempt) -> None:
+    """See to it that the provider is asked for the model of which the feature is made.
+
+    Raises:
+        ConfigurationError: ``extra_body`` names another one. Where a proxy's client wrote that, it is taken out.
+    """
+    named = other_model(attempt.kwargs, attempt.model_call)
+    if named is None:
+        return
+    text = (
+        f"extra_body names the model {named!r} and the call {attempt.model_call.model!r}: write it as model=..., so "
+        "that the one that answers is the one that is billed."
+    )
+    if current_request() is not None:
+        body = attempt.kwargs["extra_body"]
+        attempt.kwargs["extra_body"] = {key: said for key, said in body.items() if key != "model"}
+    elif vluna.mode == "enforce":
+        raise refusal(ConfigurationError(text))
+    else:
+        vluna.telemetry.emit("vluna.endpoint.unmetered", "error", {"error.type": "ConfigurationError"}, message=text)
+
+
+def _prepare(attempt: Attempt, *, is_async: bool) -> None:
     """Change the arguments where the work could not be followed otherwise."""
     kwargs = attempt.kwargs
     if attempt.kind == "chat.completions":
-        whole = kwargs.get("stream") is True and kwargs.get("complete_response") is True
+        whole = kwargs.get("stream") is True and kwargs.get("complete_response") is True and not is_async
         if whole and not is_own_call(kwargs) and part(BUILDER) is not None:
             del kwargs["complete_response"]
             attempt.complete = True

@@ -18,7 +18,7 @@ from ..errors import VlunaError
 from ._litellm_ask import ask_usage, is_refused, remember_refusal
 from ._litellm_attempt import current_attempt
 from ._litellm_call import LogicalCall, current_call, current_request, give_back_when_forgotten, refusal
-from ._litellm_entry import METERED
+from ._litellm_functions import METERED
 from ._litellm_metadata import Trace, leave_trace, take_identity, trace_in
 from ._litellm_stream import let_go, watch
 from ._litellm_usage import answer_shown, costs_nothing, ending_of, model_call_of, pending, tokens_in

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -22,7 +24,7 @@ _POSITIONAL: Final[Mapping[str, tuple[str, ...]]] = {
     "audio": ("model", "file"),
     "anthropic.messages": ("max_tokens", "messages", "model"),
 }
-"""The first positional parameters of LiteLLM's functions, by API."""
+"""The first positional parameters of LiteLLM's functions, by API, where their signature does not tell."""
 
 _WORDS: Final[Mapping[str, str]] = {
     "anthropic_text": "anthropic",
@@ -100,11 +102,16 @@ _REQUEST: Final = (
 )
 """The arguments that are the request: measured for the estimate, and what makes it this request and no other."""
 
+_BY_DEPLOYMENT: Final = ("chat.completions", "completions")
+"""Where LiteLLM takes ``deployment_id`` for the model; its other functions hand it on unread."""
+
 _KNOWN: dict[tuple[str, str | None, str | None], tuple[str, str]] = {}
 _MOST_KNOWN: Final = 2_000
 
 
-def model_call_of(kind: str, kwargs: Mapping[str, Any], args: Sequence[Any] = ()) -> ModelCall:
+def model_call_of(
+    kind: str, kwargs: Mapping[str, Any], args: Sequence[Any] = (), names: Sequence[str] = ()
+) -> ModelCall:
     """What is known of a call before it is made. Never raises.
 
     Args:
@@ -112,15 +119,44 @@ def model_call_of(kind: str, kwargs: Mapping[str, Any], args: Sequence[Any] = ()
             ``anthropic.messages``.
         kwargs: the keyword arguments of LiteLLM's function, or a deployment's ``litellm_params`` with the request.
         args: its positional arguments.
+        names: how its signature calls them.
     """
     given = dict(kwargs)
-    for name, value in zip(_POSITIONAL.get(kind, ()), args, strict=False):
+    for name, value in zip(names or _POSITIONAL.get(kind, ()), args, strict=False):
         given.setdefault(name, value)
+    if kind not in _BY_DEPLOYMENT:
+        given.pop("deployment_id", None)
     provider, model = model_of(given)
     body: dict[str, Any] = {name: _plain(given[name]) for name in _REQUEST if name in given and given[name] is not None}
     if body:
         body["model"] = model
     return ModelCall(kind, provider, model, body or None, given.get("stream") is True)
+
+
+@lru_cache(maxsize=128)
+def positional_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's positional parameters: an image is edited by ``(image, prompt, model)``."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
+
+
+def as_deployed(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a proxy's call as far as they name the model: what an Azure deployment runs is the operator's
+    word (``model_info``), and 1.83 lets a client's ``base_model`` through."""
+    return {name: said for name, said in given.items() if name != "base_model"} if "base_model" in given else given
+
+
+def other_model(given: Mapping[str, Any], model_call: ModelCall) -> str | None:
+    """The model that ``extra_body`` names, where it is another one than the call's.
+
+    Some functions and versions of LiteLLM send it in the place of the call's own (the OpenAI SDK lays ``extra_body``
+    over the request), others take it out: nobody can tell beforehand what is going to be asked and sold.
+    """
+    body = given.get("extra_body")
+    named = body.get("model") if isinstance(body, Mapping) else None
+    if named is None or named in (given.get("model"), model_call.model):
+        return None
+    return str(named)
 
 
 def model_of(given: Mapping[str, Any]) -> tuple[str, str]:

@@ -19,9 +19,9 @@ from ..lifecycle import ModelCall
 from ..tap import INLINE_SECONDS
 from ._litellm_answer import dress, install_handler, log, refusal_in, refused
 from ._litellm_call import LogicalCall, current_request, enter_request, give_back_when_forgotten, request_of
-from ._litellm_entry import METERED, UNMETERED
+from ._litellm_functions import METERED, UNMETERED
 from ._litellm_identity import Identity, strip_client_identity
-from ._litellm_models import model_call_of
+from ._litellm_models import as_deployed, model_call_of
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -285,7 +285,7 @@ def _planned(kind: str, data: Mapping[str, Any]) -> ModelCall | None:
         concrete = params.get("model")
         if not isinstance(concrete, str) or "*" in concrete:
             return None
-        return model_call_of(kind, {**data, **params, "model_info": deployment.get("model_info")})
+        return model_call_of(kind, as_deployed({**data, **params, "model_info": deployment.get("model_info")}))
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from importlib import metadata
 from typing import Any
 
 import httpx
@@ -21,6 +22,7 @@ from vluna_llm.integrations import litellm as integration
 from vluna_llm.integrations._litellm_parts import STREAM
 from vluna_llm.integrations._openai_usage_option import REFUSERS
 
+OLD = tuple(map(int, metadata.version("litellm").split(".")[:2])) < (1, 100)
 CHAT_API = Api("completion", CHAT)
 RESPONSES_API = Api("responses", RESPONSES)
 TEXT_API = Api("text_completion", TEXT)
@@ -70,6 +72,22 @@ def test_the_caller_sees_no_chunk_more(hooks_only: Vluna, provider: Provider, bo
     assert _seen(found[0]) == _seen(bare)
     assert provider.posts()[0].body["stream_options"] == {"include_usage": True}
     assert "stream_options" not in provider.posts()[1].body
+
+
+def test_a_model_that_is_named_by_position(hooks_only: Vluna, provider: Provider, books: Books) -> None:
+    """``acompletion("openai/gpt-4o", messages)``: 1.83 does not tell its hook which model that is."""
+    given = {**CHAT_API.asked(provider)}
+    model, messages = given.pop("model"), given.pop("messages")
+
+    async def main() -> None:
+        stream: Any = await litellm.acompletion(model, messages, **given)
+        await _end(Reader(stream, True))
+
+    settled(hooks_only, books, lambda: asyncio.run(main()))
+    if OLD:
+        books.estimated_once("unknown.unknown")
+    else:
+        books.once()
 
 
 @pytest.mark.parametrize("asked", [None, {"include_usage": True}], ids=["unasked", "asked"])

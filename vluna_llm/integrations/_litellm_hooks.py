@@ -1,7 +1,8 @@
 """The logging hooks of LiteLLM: hints, never the truth. They leave our trace for other callbacks, and settle nothing.
 
 Where LiteLLM is not wrapped (``install=False``) they are all there is: then the hook before an asynchronous call asks
-the gate, and the events after it settle.
+the gate, and the events after it settle. LiteLLM's events about chat and text streams are no truth to settle by: its
+count stands for a report, and a cut answer for a whole one. Those streams are watched from when they are made.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ._litellm_usage import answer_shown, costs_nothing, ending_of, model_call_o
 from ._openai_usage_option import KINDS, is_asked
 
 if TYPE_CHECKING:
-    from ..lifecycle import Operation
+    from ..lifecycle import ModelCall, Operation
     from ..types import Receipt
     from ..vluna import Vluna
 
@@ -163,28 +164,28 @@ class LoggingHooks:
         call = owner if isinstance(owner, LogicalCall) and owner.operation is not None else None
         if call is None or call.operation is None or call.operation.ended:
             call, trace = LogicalCall(vluna, current_context().override(bound or CallContext())), None
-        await call.aadmit(model_call_of(kind, given))
+        model_call = model_call_of(kind, _named(given))
+        await call.aadmit(model_call)
         if call.operation is None:
             return given
         if trace is None:
             trace = Trace(call)
             give_back_when_forgotten(call)
         trace.follow(call.operation)
-        given = self._asking(given, kind, call)
+        given = self._asking(given, model_call, call)
         bucket = "metadata" if kind not in ("responses", "anthropic.messages") else "litellm_metadata"
         metadata = given.get(bucket)
         given[bucket] = {**(metadata if isinstance(metadata, Mapping) else {}), "vluna": trace}
         return given
 
-    def _asking(self, given: dict[str, Any], kind: str, call: LogicalCall) -> dict[str, Any]:
+    def _asking(self, given: dict[str, Any], model_call: ModelCall, call: LogicalCall) -> dict[str, Any]:
         """Ask for the usage of a stream. Nobody can make a call again that is refused for it: only the next ones are
         not asked."""
         try:
-            model_call = model_call_of(kind, given)
-            asking, asked = ask_usage(given, model_call)
+            asking, asked = ask_usage(_named(given), model_call)
             call.asked_usage = call.asked_usage or asked
-            call.unreported = asked or (model_call.stream and kind in KINDS and not is_asked(given))
-            return asking
+            call.unreported = asked or (model_call.stream and model_call.kind in KINDS and not is_asked(given))
+            return {**given, "extra_body": asking["extra_body"]} if asked else given
         except Exception:
             self.vluna.internal_error("litellm.ask")
             return given
@@ -239,6 +240,12 @@ def watch_made(stream: Any) -> None:
         watch(stream, call, model_call_of(_kind_of(details), details), asked_usage=call.asked_usage, is_async=True)
     except Exception:
         call.vluna.internal_error("litellm.stream_made")
+
+
+def _named(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the model, which may have been given by position: 1.106 tells it beside, 1.83 does not."""
+    model = getattr(given.get("litellm_logging_obj"), "model", None)
+    return given if "model" in given or not isinstance(model, str) else {**given, "model": model}
 
 
 def _call_in(trace: Trace | None) -> LogicalCall | None:

@@ -56,7 +56,8 @@ class VlunaCallback(LoggingHooks, RouterHooks, ProxyHooks, _CustomLogger):  # ty
         vluna: what meters; `Vluna.default()`, whose settings come from the environment, where not given. The latest
             callback's is the one that LiteLLM's functions use.
         install: wrap LiteLLM's entry functions and its Router. Without that only the asynchronous functions are
-            covered, by hooks: sync calls run unmetered, which is told; a stream that is left is not settled.
+            covered, by hooks: sync calls run unmetered, which is told. Of LiteLLM only the constructor of its chat and
+            text streams is wrapped, so that these are billed by what the provider reports.
         identity: how a caller of the proxy becomes a customer (see `vluna_llm.integrations._litellm_identity`).
         trust_client_identity: whether what the proxy's clients write may name the customer.
 

@@ -13,16 +13,19 @@ _HOLDERS: Final = ("message", "response", "delta", "x_groq", "meta")
 _INNER: Final = ("id", "model", "status", "stop_reason", "finish_reason")
 _PLACES: Final = ("usage", "usageMetadata", "usage_metadata", "billed_units", "tokens")
 _COUNTS: Final = ("eval_count", "prompt_eval_count")
-_OF_CHAT: Final = (("id", "model", "object"), ("usage",), ("x_groq",))
-_OF_ALL: Final = (_SCALARS, _PLACES, _HOLDERS)
+_Names = tuple[str, ...]
+_OF_CHAT: Final[tuple[_Names, _Names, _Names]] = (("id", "model", "object"), ("usage",), ("x_groq",))
+_OF_ALL: Final[tuple[_Names, _Names, _Names]] = (_SCALARS, _PLACES, _HOLDERS)
 """What is looked for: a chat chunk comes for every word, and asking a pydantic object for what it has not is slow."""
 
 
-def said_by(obj: Any) -> dict[str, Any]:
-    """What a whole answer, a chunk or an event says of itself: who, how it ended, its usage."""
+def said_by(obj: Any, *, usage: bool = True) -> dict[str, Any]:
+    """What a whole answer, a chunk or an event says of itself: who, how it ended, its ``usage`` where that is asked."""
     said: dict[str, Any] = {}
     choices = member(obj, "choices")
     scalars, places, holders = _OF_CHAT if isinstance(choices, list) else _OF_ALL
+    if not usage:  # a chat answer has nothing else in its holder
+        places, holders = (), () if isinstance(choices, list) else holders
     for name in scalars:
         value = member(obj, name)
         if value is not None and isinstance(value, (str, bool, int)):

@@ -24,7 +24,7 @@ from ..lifecycle import ModelCall
 from ..usage import BodyFacts, StreamReader, TokenUsage, make_reader, read_body
 from ..usage.body import facts_of
 from ..usage.events import EventReader
-from ..usage.facts import has_finish_reason, is_error
+from ..usage.facts import has_finish_reason, identity, is_error
 from ..usage.normalize import normalize_usage
 from ._litellm_models import model_call_of, model_of
 from ._litellm_objects import generated_characters, member, plain, said_by
@@ -75,24 +75,26 @@ def ending_of(response: Any, model_call: ModelCall, raw: object = None) -> Endin
         raw: the provider's own body, where LiteLLM has shown it (``original_response`` in `log_post_api_call`). What
             it reports is the report; where it is in a shape whose usage we know, and has none, none was reported.
     """
-    said = _without_total(said_by(response))
-    own = facts_of((said,))
-    usage = usage_of(said.get("usage"), model_call)
     body = _read_raw(raw, model_call)
     if body is not None and (body.usage is not None or (body.finish_reason_seen and not _in_headers(model_call))):
+        said = said_by(response, usage=False)
         usage = body.usage
+    else:
+        said = _without_total(said_by(response))
+        usage = _usage_in(said.get("usage"), model_call)
     failed = is_error(said)
-    characters = generated_characters(response)
+    characters = generated_characters(response) if usage is None else 0
+    response_id, model = identity(said)
     return Ending(
         how="complete",
         usage=usage,
         finished=True,
         finish_reason_seen=not failed or usage is not None,
         failed=failed,
-        output_tokens=_tokens(characters) if usage is None and characters else None,
+        output_tokens=_tokens(characters) if characters else None,
         # LiteLLM makes up an id where the provider's was lost.
-        response_id=(body.response_id if body is not None else None) or own.response_id,
-        model=(body.model if body is not None else None) or own.model,
+        response_id=(body.response_id if body is not None else None) or response_id,
+        model=(body.model if body is not None else None) or model,
     )
 
 
@@ -129,7 +131,10 @@ def spent(raw: object, model_call: ModelCall) -> Ending | None:
 
 def usage_of(usage: Any, model_call: ModelCall) -> TokenUsage | None:
     """One usage object of LiteLLM's, of an SDK or of a provider; None where the provider reported nothing."""
-    raw = plain(usage)
+    return _usage_in(plain(usage), model_call)
+
+
+def _usage_in(raw: object, model_call: ModelCall) -> TokenUsage | None:
     if not isinstance(raw, Mapping) or not _reported(raw, model_call):
         return None
     return normalize_usage(_without_counting(raw))
@@ -155,7 +160,7 @@ def costs_nothing(response: Any, raw: object = None, kwargs: Mapping[str, Any] |
 
 def pending(response: Any) -> bool:
     """Whether the provider works on in the background: usage comes with a later retrieve."""
-    return member(response, "status") in ("queued", "in_progress") and member(response, "object") == "response"
+    return member(response, "object") == "response" and member(response, "status") in ("queued", "in_progress")
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .body import BodyFacts, read_json_body
-from .framing import sniff
+from .framing import announced, sniff
 from .stream import StreamReader
 from .types import TokenUsage
 
@@ -13,9 +13,9 @@ def read_body(url: str, content_type: str | None, body: bytes) -> BodyFacts:
 
     ``body`` is decoded (no content encoding). Never raises: what cannot be read says nothing.
     """
-    reader = StreamReader(url, content_type)
-    if reader.framing == "unknown" and sniff(body) == "json":
+    if announced(content_type) == "unknown" and sniff(body) == "json":
         return read_json_body(url, body)  # what the reader would do in the end, without its copies
+    reader = StreamReader(url, content_type)
     reader.feed(body)
     reader.end()
     return BodyFacts(

@@ -77,6 +77,8 @@ class CallContext:
         Another principal never inherits the purse of this one: ``user_id``, ``budget_id`` and ``end_user`` are taken
         from ``other`` alone when it names a different principal.
         """
+        if other is self:
+            return self
         changes: dict[str, Any] = {name: value for name in _FIELDS if (value := getattr(other, name)) is not None}
         if other.principal_id is not None and other.principal_id != self.principal_id:
             for name in ("user_id", "budget_id", "end_user"):

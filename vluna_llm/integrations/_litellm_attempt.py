@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 import litellm
+from pydantic import BaseModel
 
 from ..context import CallContext, current_context
 from ..errors import ConfigurationError, VlunaError
@@ -139,9 +140,7 @@ class Attempt:
     @contextmanager
     def _shielded(self) -> Iterator[None]:
         """A call of its own inside another takes nothing out of that one's slot."""
-        with ExitStack() as stack:
-            if self.outermost and self.parent is not None:
-                stack.enter_context(inside(Slot()))
+        with inside(Slot()) if self.outermost and self.parent is not None else nullcontext():
             yield
 
     def _follow(self) -> None:
@@ -152,9 +151,7 @@ class Attempt:
     def running(self) -> Iterator[None]:
         """LiteLLM works on this attempt in the ``with``."""
         self.entered = False
-        with ExitStack() as stack:
-            if self.outermost or current_call() is not self.call:
-                stack.enter_context(self.call.running())
+        with self.call.running() if self.outermost or current_call() is not self.call else nullcontext():
             token = _current.set(self)
             try:
                 yield
@@ -356,7 +353,7 @@ def _opened(
         kind_of_call = LogicalCall if call is None else type(call)  # what nobody pays for stays so
         # Who pays is captured here: LiteLLM may go on in a thread that knows nothing of the caller's context.
         payer = bound if call is None or bound is not None else call.bound
-        attempt.call = kind_of_call(vluna, current_context().override(payer or CallContext()))
+        attempt.call = kind_of_call(vluna, current_context() if payer is None else current_context().override(payer))
     else:
         attempt.call = call
     return attempt
@@ -395,11 +392,11 @@ def _with_model(kwargs: dict[str, Any], args: Sequence[Any], model: Any) -> tupl
 
 def is_stream(result: Any) -> bool:
     """Whether the answer is still to be read."""
+    if isinstance(result, (dict, list, str, bytes, BaseModel)):
+        return False
     return (
-        (hasattr(result, "__anext__") or hasattr(result, "__next__") or hasattr(result, "__aiter__"))
-        and not inspect.iscoroutine(result)
-        and not isinstance(result, (dict, list, str, bytes))
-    )
+        hasattr(result, "__anext__") or hasattr(result, "__next__") or hasattr(result, "__aiter__")
+    ) and not inspect.iscoroutine(result)
 
 
 def show(result: Any, operation: Operation) -> None:

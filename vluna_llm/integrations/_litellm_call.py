@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -153,11 +153,7 @@ class LogicalCall:
         """Everything that LiteLLM does in the ``with`` belongs to this call, and bills its customer."""
         self._within += 1
         try:
-            with ExitStack() as stack:
-                stack.enter_context(_set(self))
-                stack.enter_context(inside(self.slot))
-                if self.bound is not None:
-                    stack.enter_context(within(self.bound))
+            with _set(self), inside(self.slot), nullcontext() if self.bound is None else within(self.bound):
                 yield self
         finally:
             self._within -= 1

@@ -127,15 +127,19 @@ class OperationState:
             self.settlement in ("pending", "sent", "lapsed") and self.route not in ("cancel", None)
         ):
             return self
-        done = replace(self, work="completed", usage=usage, usage_source=source)
         if usage.total_tokens == 0:
+            done = replace(self, work="completed", usage=usage, usage_source=source)
             return done if self.settlement in ("pending", "sent", "lapsed") else done._without_usage()
-        if self.admission == "leased" and (not self.cancel_sent or shared_lease) and self.settlement != "lost":
-            return replace(done, settlement="pending", route="commit")
-        if self.settlement == "lost" and self.admission == "leased":
-            # The owner was only asleep: nobody cancelled, the lease is as good as before.
-            return replace(done, settlement="pending", route="commit")
-        return replace(done, settlement="pending", route="ingest")
+        # Lost: the owner was only asleep, nobody cancelled, and the lease is as good as before.
+        usable = self.settlement == "lost" or not self.cancel_sent or shared_lease
+        return replace(
+            self,
+            work="completed",
+            usage=usage,
+            usage_source=source,
+            settlement="pending",
+            route="commit" if self.admission == "leased" and usable else "ingest",
+        )
 
     def failed(self) -> OperationState:
         """The provider refused or broke and no usage can follow."""

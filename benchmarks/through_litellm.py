@@ -88,7 +88,7 @@ class Stand:
         self.litellm, self._integration, self._around = litellm, integration, around
         self.loop = asyncio.new_event_loop()
         Tells.logged, Tells.logged_async = self.logged, self.logged_async = threading.Event(), asyncio.Event()
-        self.vlunas = {side: Vluna(**around.settings()) for side in SIDES if side != "empty"}
+        self.vlunas: dict[Side, Vluna] = {side: Vluna(**around.settings()) for side in SIDES if side != "empty"}
         self._callbacks: dict[Side, Any] = {side: Metered(vluna) for side, vluna in self.vlunas.items()}
         self._callbacks["empty"] = Empty()
         self.at_hand = AtHand(self.vlunas["at hand"].gate)

@@ -168,7 +168,7 @@ def calls(profile: Profile) -> list[Figure]:
 def _calls(profile: Profile, around: World) -> list[Figure]:
     stand, dice = Stand(around), random.Random(11)
     colours: tuple[Colour, ...] = ("sync", "async")
-    arguments, many = stand.arguments(SHORT), profile.some(40)
+    arguments, many = stand.arguments(SHORT), profile.some(16)
     series: dict[tuple[Side, Colour], list[Spent]] = defaultdict(list)
     turns = [(side, colour) for side in SIDES for colour in colours]
     for block in range(profile.blocks + 2):
@@ -218,7 +218,7 @@ def _chunks(profile: Profile, around: World, colour: Colour) -> list[Figure]:
     sides: tuple[Side, ...] = ("empty", "metered")
     asked = {"stream": True, "stream_options": {"include_usage": True}}
     arguments = {size: stand.arguments(size, **asked) for size in (SHORT, LONG)}
-    many = profile.some(6)
+    many = profile.some(4)
     series: dict[tuple[Side, str], list[float]] = defaultdict(list)
     for block in range(profile.blocks + 2):
         spent = {(side, size): Spent() for side in sides for size in arguments}

@@ -88,7 +88,7 @@ class Stand:
         self.litellm, self._integration, self._around = litellm, integration, around
         self.loop = asyncio.new_event_loop()
         Tells.logged, Tells.logged_async = self.logged, self.logged_async = threading.Event(), asyncio.Event()
-        self.vlunas = {side: Vluna(**around.settings()) for side in SIDES if side != "empty"}
+        self.vlunas: dict[Side, Vluna] = {side: Vluna(**around.settings()) for side in SIDES if side != "empty"}
         self._callbacks: dict[Side, Any] = {side: Metered(vluna) for side, vluna in self.vlunas.items()}
         self._callbacks["empty"] = Empty()
         self.at_hand = AtHand(self.vlunas["at hand"].gate)
@@ -168,7 +168,7 @@ def calls(profile: Profile) -> list[Figure]:
 def _calls(profile: Profile, around: World) -> list[Figure]:
     stand, dice = Stand(around), random.Random(11)
     colours: tuple[Colour, ...] = ("sync", "async")
-    arguments, many = stand.arguments(SHORT), profile.some(40)
+    arguments, many = stand.arguments(SHORT), profile.some(16)
     series: dict[tuple[Side, Colour], list[Spent]] = defaultdict(list)
     turns = [(side, colour) for side in SIDES for colour in colours]
     for block in range(profile.blocks + 2):
@@ -218,7 +218,7 @@ def _chunks(profile: Profile, around: World, colour: Colour) -> list[Figure]:
     sides: tuple[Side, ...] = ("empty", "metered")
     asked = {"stream": True, "stream_options": {"include_usage": True}}
     arguments = {size: stand.arguments(size, **asked) for size in (SHORT, LONG)}
-    many = profile.some(6)
+    many = profile.some(4)
     series: dict[tuple[Side, str], list[float]] = defaultdict(list)
     for block in range(profile.blocks + 2):
         spent = {(side, size): Spent() for side in sides for size in arguments}

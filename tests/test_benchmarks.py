@@ -104,3 +104,46 @@ def test_the_bound_is_students(figures: ModuleType) -> None:
         samples = [1.0, 3.0] * (count // 2)
         deviation = (count / (count - 1)) ** 0.5
         assert figures.upper_bound(samples) == pytest.approx(2 + quantile * deviation / count**0.5, abs=0.001)
+
+
+@pytest.fixture
+def without_litellm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The command, as it is where LiteLLM is not installed."""
+    monkeypatch.syspath_prepend(ROOT)
+    command = importlib.import_module("benchmarks.__main__")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    return command
+
+
+def test_without_litellm_its_section_says_what_to_install(
+    without_litellm: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who asks for it by name is told how to get it."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "litellm"])
+
+    with pytest.raises(SystemExit) as ended:
+        without_litellm.main()
+
+    assert ended.value.code == 2
+    assert "pip install 'vluna-llm[litellm]'" in capsys.readouterr().err
+
+
+def test_without_litellm_everything_else_is_measured(
+    without_litellm: ModuleType,
+    figures: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """A run of everything leaves that section out, says so, and goes on."""
+    measured: list[str] = []
+
+    def section(name: str) -> object:
+        return lambda profile: measured.append(name) or [figures.Figure("group", name, "µs", 1.0)]
+
+    monkeypatch.setattr(without_litellm, "_sections", lambda: {name: section(name) for name in ("local", "litellm")})
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--results", str(tmp_path)])
+
+    assert without_litellm.main() == 0
+    assert measured == ["local"]
+    assert "litellm: left out" in capsys.readouterr().err

@@ -49,6 +49,14 @@ def hooks_only(vluna: Vluna, make_callback: Any, provider: Provider) -> Vluna:
     return vluna
 
 
+@pytest.fixture
+def by_name(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Arguments of a call that names a provider of LiteLLM's and no upstream: that is in the environment."""
+    monkeypatch.setenv("OPENAI_BASE_URL", provider.base_url)
+    monkeypatch.setenv("OPENAI_API_BASE", provider.base_url)
+    return {"api_base": None}
+
+
 @pytest.fixture(autouse=True)
 def _nobody_has_refused() -> Any:
     yield
@@ -56,27 +64,49 @@ def _nobody_has_refused() -> Any:
 
 
 @pytest.mark.parametrize("api", [CHAT_API, TEXT_API, RESPONSES_API], ids=lambda api: api.name)
-def test_the_usage_of_a_stream_is_the_providers(api: Api, hooks_only: Vluna, provider: Provider, books: Books) -> None:
+def test_the_usage_of_a_stream_is_the_providers(
+    api: Api, hooks_only: Vluna, provider: Provider, books: Books, by_name: dict[str, Any]
+) -> None:
     """Nobody asked for it: it is asked for, and what the provider reports is charged, labelled as that."""
-    settled(hooks_only, books, lambda: run(api, _end, provider, is_async=True))
+    settled(hooks_only, books, lambda: run(api, _end, provider, is_async=True, **by_name))
     books.once()
 
 
-def test_the_caller_sees_no_chunk_more(hooks_only: Vluna, provider: Provider, books: Books) -> None:
+@pytest.mark.parametrize("api", [CHAT_API, TEXT_API], ids=lambda api: api.name)
+def test_an_upstream_of_the_users_own_is_not_asked(
+    api: Api, hooks_only: Vluna, provider: Provider, books: Books
+) -> None:
+    """It may refuse the option, and nobody could make the call again: such a stream is estimated, labelled as that."""
+    settled(hooks_only, books, lambda: run(api, _end, provider, is_async=True))
+    books.estimated_once()
+    assert "stream_options" not in provider.posts()[0].body
+
+
+def test_what_the_caller_asks_for_is_charged(hooks_only: Vluna, provider: Provider, books: Books) -> None:
+    asked = {"include_usage": True}
+    settled(hooks_only, books, lambda: run(CHAT_API, _end, provider, is_async=True, stream_options=asked))
+    books.once()
+
+
+def test_the_caller_sees_no_chunk_more(
+    hooks_only: Vluna, provider: Provider, books: Books, by_name: dict[str, Any]
+) -> None:
     """The chunk that brings the usage is for us alone: the caller gets what LiteLLM gives without us."""
     found: list[Any] = []
-    settled(hooks_only, books, lambda: found.append(run(CHAT_API, _end, provider, is_async=True)))
+    settled(hooks_only, books, lambda: found.append(run(CHAT_API, _end, provider, is_async=True, **by_name)))
     integration.uninstall()
     litellm.callbacks.clear()
-    bare = run(CHAT_API, _end, provider, is_async=True)
+    bare = run(CHAT_API, _end, provider, is_async=True, **by_name)
     assert _seen(found[0]) == _seen(bare)
     assert provider.posts()[0].body["stream_options"] == {"include_usage": True}
     assert "stream_options" not in provider.posts()[1].body
 
 
-def test_a_model_that_is_named_by_position(hooks_only: Vluna, provider: Provider, books: Books) -> None:
+def test_a_model_that_is_named_by_position(
+    hooks_only: Vluna, provider: Provider, books: Books, by_name: dict[str, Any]
+) -> None:
     """``acompletion("openai/gpt-4o", messages)``: 1.83 does not tell its hook which model that is."""
-    given = {**CHAT_API.asked(provider)}
+    given = CHAT_API.asked(provider, **by_name)
     model, messages = given.pop("model"), given.pop("messages")
 
     async def main() -> None:
@@ -133,15 +163,17 @@ def test_a_responses_stream_that_is_left_gives_its_lease_back(
     books.cancelled()
 
 
-def test_an_upstream_that_refuses_the_option_is_remembered(hooks_only: Vluna, provider: Provider, books: Books) -> None:
+def test_an_upstream_that_refuses_the_option_is_remembered(
+    hooks_only: Vluna, provider: Provider, books: Books, by_name: dict[str, Any]
+) -> None:
     """Nobody can make the call again here: the first one fails as the upstream said, the next ones are not asked."""
     provider.behaviour = "refuses_option"
 
     def work() -> None:
         with pytest.raises(litellm.BadRequestError, match="stream_options"):
-            run(CHAT_API, _end, provider, is_async=True)
-        assert eventually(lambda: provider.base_url in REFUSERS)
-        assert run(CHAT_API, _end, provider, is_async=True)
+            run(CHAT_API, _end, provider, is_async=True, **by_name)
+        assert eventually(lambda: "litellm:openai" in REFUSERS)
+        assert run(CHAT_API, _end, provider, is_async=True, **by_name)
 
     settled(hooks_only, books, work)
     assert [state for _, state in books.leases] == ["canceled", "closed"]
@@ -150,7 +182,7 @@ def test_an_upstream_that_refuses_the_option_is_remembered(hooks_only: Vluna, pr
     assert "stream_options" not in provider.posts()[-1].body
 
 
-def test_a_cached_stream_is_free(hooks_only: Vluna, provider: Provider, books: Books) -> None:
+def test_a_cached_stream_is_free(hooks_only: Vluna, provider: Provider, books: Books, by_name: dict[str, Any]) -> None:
     """The second time LiteLLM plays the answer back."""
     from litellm.caching.caching import Cache
 
@@ -159,7 +191,7 @@ def test_a_cached_stream_is_free(hooks_only: Vluna, provider: Provider, books: B
 
     async def main() -> None:
         for _ in range(2):
-            stream: Any = await litellm.acompletion(**CHAT_API.asked(provider, caching=True))
+            stream: Any = await litellm.acompletion(**CHAT_API.asked(provider, caching=True, **by_name))
             assert [chunk async for chunk in stream]
             await asyncio.sleep(0.5)
 

@@ -179,10 +179,12 @@ class LoggingHooks:
         return given
 
     def _asking(self, given: dict[str, Any], model_call: ModelCall, call: LogicalCall) -> dict[str, Any]:
-        """Ask for the usage of a stream. Nobody can make a call again that is refused for it: only the next ones are
-        not asked."""
+        """Ask for the usage of a stream, where no upstream of the user's own is named: nobody can make a call again
+        that is refused for it, and a call that fails by our doing is worse than an estimate. Refusals are remembered.
+        """
         try:
-            asking, asked = ask_usage(_named(given), model_call)
+            own = given.get("api_base") or given.get("base_url")
+            asking, asked = (given, False) if own else ask_usage(_named(given), model_call)
             call.asked_usage = call.asked_usage or asked
             call.unreported = asked or (model_call.stream and model_call.kind in KINDS and not is_asked(given))
             return {**given, "extra_body": asking["extra_body"]} if asked else given
@@ -202,7 +204,7 @@ class LoggingHooks:
                 return
             error = kwargs.get("exception")
             if call.asked_usage and isinstance(error, BaseException) and is_refused(error):
-                remember_refusal(kwargs.get("litellm_params") or {}, model_call_of(_kind_of(kwargs), kwargs))
+                remember_refusal({}, model_call_of(_kind_of(kwargs), kwargs))  # only such calls are asked
             call.failed(error)
         except Exception:
             self.vluna.internal_error("litellm.failure_event")

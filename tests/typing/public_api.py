@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import openai
@@ -11,6 +11,7 @@ from typing_extensions import assert_type
 
 from vluna_llm import Hint, Lease, Receipt, Scope, Settings, TokenUsage, Vluna, __version__, call_context
 from vluna_llm.errors import (
+    BudgetExceeded,
     ConfigurationError,
     GateAuthError,
     GateDenied,
@@ -23,6 +24,7 @@ from vluna_llm.errors import (
     VlunaError,
 )
 from vluna_llm.gate import AsyncGateClient, GateClient
+from vluna_llm.integrations.asgi import VlunaMiddleware
 from vluna_llm.integrations.openai import AsyncAzureOpenAI, AsyncOpenAI, AzureOpenAI, OpenAI
 from vluna_llm.sandbox import Sandbox
 from vluna_llm.usage import read_usage
@@ -171,3 +173,34 @@ with Sandbox() as gate:
     assert_type(gate.base_url, str)
     assert_type(gate.booked("customer_123").charged_xusd, int)
     assert_type(gate.env(), dict[str, str])
+
+
+# -- a task's limits, generators, web applications ------------------------------------------------------------------
+
+with call_context(principal_id="ann", max_amount_xusd=50_000, max_tokens=10_000) as task:
+    assert_type(task, Scope)
+call_context(principal_id="ann", max_tokens="many")  # type: ignore[arg-type]
+
+
+def over_budget(error: BudgetExceeded) -> None:
+    assert_type(error.limit, Literal["max_amount_xusd", "max_tokens"])
+    assert_type(error.spent, int)
+
+
+@vluna.operation(feature_code="tools.pages", estimate=1)
+def pages(count: int) -> Iterator[int]:
+    yield from range(count)
+
+
+assert_type(pages(3), Iterator[int])
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None: ...
+
+
+def customer_of(scope: Any) -> dict[str, str] | None:
+    return {"principal_id": "ann"}
+
+
+VlunaMiddleware(app, identity=customer_of, vluna=vluna)
+VlunaMiddleware(app)  # type: ignore[call-arg]

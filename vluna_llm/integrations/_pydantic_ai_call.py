@@ -22,7 +22,8 @@ from ._pydantic_ai_words import ending_of, stream_ending_of, usage_of
 if TYPE_CHECKING:
     from ..vluna import Vluna
 
-_STOPPED: Final = (GeneratorExit, asyncio.CancelledError, KeyboardInterrupt, SystemExit)
+_STOPPED: Final = (asyncio.CancelledError, KeyboardInterrupt, SystemExit)
+"""Whoever is stopped by one of these waits for nothing more. A generator that is closed may still be awaited in."""
 
 
 class Refusals:
@@ -87,7 +88,12 @@ class Call:
         try:
             self.operation.finish(ending())
         except Exception:
-            self.vluna.internal_error("pydantic_ai.answer")
+            self.broke("pydantic_ai.answer")
+
+    def broke(self, where: str) -> None:
+        """An error of ours, while it is handled: told, and nothing is charged."""
+        self.vluna.internal_error(where)
+        if self.operation is not None and not self._slot.claimed:
             self.operation.fail()
 
     def answered(self, response: Any, waits: Callable[[Any], bool]) -> None:
@@ -173,23 +179,23 @@ class StreamWatch:
         Where the model had finished, the rest is read for its usage: at most 8 events, 2 seconds.
         """
         try:
-            if not self._call.settles:
-                return
-            if self._how is None and self._stream.finish_reason is not None and not isinstance(error, _STOPPED[1:]):
+            if self._rest_may_tell and not isinstance(error, _STOPPED):
                 await self._read_rest()
-            self.settle()
-            if error is None:
-                await self._call.receipt()
         finally:
-            self.settle()
+            self._settle()
+        if error is None:
+            await self._call.receipt()
 
-    def settle(self) -> None:
-        """Tell how it ended; the first time counts."""
-        operation = self._call.operation
-        if operation is None or operation.ended:
-            return
-        if not self._call.park(self._stream.get(), self._waits):
-            self._call.finish(lambda: stream_ending_of(self._stream, self._how or "closed"))
+    @property
+    def _rest_may_tell(self) -> bool:
+        return self._call.settles and self._how is None and self._stream.finish_reason is not None
+
+    def _settle(self) -> None:
+        try:
+            if not self._call.park(self._stream.get(), self._waits):
+                self._call.finish(lambda: stream_ending_of(self._stream, self._how or "closed"))
+        except Exception:
+            self._call.broke("pydantic_ai.stream")
 
     async def _read_rest(self) -> None:
         if self._events is None:
@@ -198,7 +204,7 @@ class StreamWatch:
             with anyio.move_on_after(REST_SECONDS):
                 for _ in range(REST_CHUNKS):
                     await self._events.__anext__()
-        except (StopAsyncIteration, Exception):  # at its end, broken, or somebody else still reads it
+        except Exception:  # at its end, broken, or somebody else still reads it
             pass
 
 
@@ -237,6 +243,5 @@ def watch(call: Call, stream: Any, waits: Callable[[Any], bool]) -> StreamWatch 
     try:
         return StreamWatch(call, stream, waits)
     except Exception:
-        call.vluna.internal_error("pydantic_ai.stream")
-        call.failed(RuntimeError())
+        call.broke("pydantic_ai.stream")
         return None

@@ -201,8 +201,8 @@ def test_a_cancelled_scope(way: str, bench: Bench) -> None:
 
 
 @ALL_WAYS
-def test_pydantic_ais_own_cancel(way: str, bench: Bench) -> None:
-    """`result.cancel()` in the middle of a stream."""
+def test_pydantic_ais_own_cancel(way: str, bench: Bench, make_vluna: Any) -> None:
+    """`result.cancel()` in the middle of a stream: it was left, and is billed as the settings say."""
     bench.provider.behaviour = "hang"
 
     async def program() -> None:
@@ -213,6 +213,9 @@ def test_pydantic_ais_own_cancel(way: str, bench: Bench) -> None:
 
     bench.run(program)
     bench.cancelled()
+    bench.vluna = make_vluna(on_abort="estimate")
+    bench.run(program)
+    assert [label["usage_source"] for label in bench.labels()] == ["estimated"]
 
 
 @ALL_WAYS

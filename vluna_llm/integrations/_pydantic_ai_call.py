@@ -170,8 +170,9 @@ class StreamWatch:
         return self._events
 
     def ended(self, how: Literal["complete", "error"]) -> None:
-        """The provider's events came to an end."""
-        self._how = how
+        """The provider's events came to an end; not where the consumer has cut them off by ``cancel()``."""
+        if not self._stream.cancelled:
+            self._how = how
 
     async def left(self, error: BaseException | None) -> None:
         """The consumer is done with the stream, at its end or before: settle it. Never raises but for a cancellation.

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import warnings
 from contextlib import suppress
 from typing import Any
 
 import anyio
 import pytest
 from conftest import eventually
-from pydantic_ai_agents import WAYS, Bench, bench_fixture, pydantic_ai, scripted_fixture  # noqa: F401
+from pydantic_ai_agents import WAYS, Bench, VlunaModel, bench_fixture, pydantic_ai, scripted_fixture  # noqa: F401
 from scripted_chat import Step, turns
 
+from vluna_llm import call_context
 from vluna_llm.integrations import _pydantic_ai_call, _pydantic_ai_model
+
+direct = pytest.importorskip("pydantic_ai.direct")
 
 ALL_WAYS = pytest.mark.parametrize("way", WAYS)
 OURS = pytest.mark.parametrize("way", ["capability", "model", "both"])
@@ -251,6 +256,39 @@ def test_events_that_are_left(way: str, bench: Bench) -> None:
                     break
 
     bench.run(program)
+    bench.cancelled()
+
+
+@pytest.mark.parametrize("loop_is_gone", [False, True])
+def test_a_stream_that_is_dropped(loop_is_gone: bool, bench: Bench) -> None:
+    """Nobody leaves its context: it is settled when Python collects it, also after its loop was closed."""
+    bench.provider.behaviour = "hang"
+    held: list[Any] = []
+
+    async def hold() -> None:
+        model = VlunaModel(bench.model(), bench.vluna)
+        opening = direct.model_request_stream(model, [pydantic_ai.ModelRequest.user_text_prompt("hi")])
+        stream = await opening.__aenter__()
+        held.append((opening, stream))
+        async for _ in stream:
+            break
+        if not loop_is_gone:
+            del stream, opening
+            held.clear()
+            gc.collect()
+            await asyncio.sleep(0.2)
+
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # Pydantic AI's own generators complain of being dropped
+    with call_context(principal_id=bench.customer) as scope:
+        loop.run_until_complete(hold())
+    loop.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        held.clear()
+        gc.collect()
+    assert scope.wait(10)
+    assert bench.vluna.flush(10)
     bench.cancelled()
 
 

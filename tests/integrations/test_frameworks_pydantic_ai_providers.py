@@ -1,7 +1,7 @@
 """Pydantic AI with other providers than OpenAI: their real SDKs, a fake provider at the edge, the gate's books.
 
-What is looked at is how their numbers become one meaning: Anthropic reports cached tokens beside the input and the input
-before there is an output; Gemini reports thoughts beside the candidates, on every chunk.
+What is looked at is how their numbers become one meaning: Anthropic reports cached tokens beside the input, and the
+input before there is an output; Gemini reports thoughts beside the candidates, on every chunk.
 """
 
 from __future__ import annotations

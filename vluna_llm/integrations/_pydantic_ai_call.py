@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -163,6 +164,10 @@ class StreamWatch:
         self._make: Callable[[], AsyncIterator[Any]] = stream._get_event_iterator
         self._events: AsyncIterator[Any] | None = None
         self._how: Literal["complete", "error"] | None = None
+        assert call.operation is not None
+        # Whoever holds a stream longer than its loop runs leaves nobody behind who could settle it.
+        self._forgotten = weakref.finalize(stream, call.operation.abandon, lambda: Ending(how="abandoned"))
+        self._forgotten.atexit = False
         stream._get_event_iterator = self._watched
 
     def _watched(self) -> AsyncIterator[Any]:
@@ -192,6 +197,7 @@ class StreamWatch:
         return self._call.settles and self._how is None and self._stream.finish_reason is not None
 
     def _settle(self) -> None:
+        self._forgotten.detach()
         try:
             if not self._call.park(self._stream.get(), self._waits):
                 self._call.finish(lambda: stream_ending_of(self._stream, self._how or "closed"))

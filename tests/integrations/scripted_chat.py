@@ -67,6 +67,13 @@ class ScriptedProvider(Provider):
 class _Scripted(_Handler):
     owner: ScriptedProvider
 
+    def _answer(self, path: str, body: Any) -> None:
+        if not path.endswith("/responses/compact"):
+            return super()._answer(path, body)
+        item = {"id": "cmp_1", "type": "compaction", "encrypted_content": "c2hvcnQ="}
+        usage = self._response_usage()
+        self._json({"id": "resp_c", "object": "response.compaction", "created_at": 1, "output": [item], "usage": usage})
+
     def _chat(self, body: dict[str, Any]) -> None:
         step = self.owner.script(body) if self.owner.script is not None else None
         if step is None:

@@ -157,6 +157,19 @@ def test_the_capability_may_be_given_to_one_run(bench: Bench) -> None:
     bench.charged(1)
 
 
+def test_two_capabilities_meter_once(bench: Bench) -> None:
+    """One of the agent, one of the run, whole and streamed."""
+    agent = bench.agent("both")
+
+    async def program() -> None:
+        await agent.run("hi", deps=bench.customer, capabilities=[bench.capability()])
+        async with agent.run_stream("hi", deps=bench.customer, capabilities=[bench.capability()]) as result:
+            await result.get_output()
+
+    bench.run(program)
+    bench.charged(2)
+
+
 def test_models_made_for_tests_are_free(bench: Bench) -> None:
     """`TestModel` asks no provider: a product's own tests need no gate."""
     from pydantic_ai.models.test import TestModel

@@ -15,7 +15,8 @@ from provider import WORDS, Provider, _Cut, _data, _Handler
 class Step:
     """One answer: a text, or calls of tools (name, arguments); ``status`` for an error instead.
 
-    ``finish_with_text`` sends the finish reason in the same chunk as the last word, as some providers do.
+    ``finish_with_text`` sends the finish reason in the same chunk as the last word, as some providers do; what is
+    ``unreadable`` reports usage beside a choice that is none.
     """
 
     text: str = ""
@@ -24,6 +25,7 @@ class Step:
     pause: float = 0.0
     finish_with_text: bool = False
     hang_after_finish: bool = False
+    unreadable: bool = False
 
     def tool_calls(self) -> list[dict[str, Any]]:
         return [
@@ -87,7 +89,9 @@ class _Scripted(_Handler):
         if step.calls:
             message["tool_calls"] = step.tool_calls()
         finish = "tool_calls" if step.calls else "stop"
-        choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
+        choice: Any = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
+        if step.unreadable:
+            choice = {**choice, "message": "none"}
         head = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"]}
         self._json({**head, "choices": [choice], "usage": self._chat_usage()})
 

@@ -304,6 +304,22 @@ def test_an_answer_that_the_agent_cannot_use(bench: Bench) -> None:
     bench.charged(1)
 
 
+@pytest.mark.parametrize("way", ["capability", "with_metered_client"])
+def test_an_answer_that_pydantic_ai_cannot_read(way: str, bench: Bench) -> None:
+    """Its usage is lost with it, so nothing is charged; a metered client has read it before."""
+    bench.provider.script = turns(Step(text="x", unreadable=True))
+
+    async def program() -> None:
+        with pytest.raises(pydantic_ai.UnexpectedModelBehavior):
+            await bench.agent(way).run("hi")
+
+    bench.run(program)
+    if way == "capability":
+        bench.cancelled()
+    else:
+        bench.charged(1)
+
+
 def test_errors_of_ours_break_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in what is read of a request nor in what is read of an answer; the run is that of the bare agent."""
 

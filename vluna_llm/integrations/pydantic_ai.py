@@ -1,0 +1,188 @@
+"""Pydantic AI with every model request authorized, metered and settled: one line.
+
+::
+
+    from pydantic_ai import Agent
+    from vluna_llm.integrations.pydantic_ai import VlunaCapability
+
+    agent = Agent("openai:gpt-4o-mini", deps_type=Customer, capabilities=[
+        VlunaCapability(identity=lambda ctx: {"principal_id": ctx.deps.customer_id}),
+    ])
+
+The capability says who pays, and puts a `VlunaModel` around whatever model serves a request, by the framework's own
+extension point for that. The model settles: Pydantic AI's request hooks see a stream that was left as an answer without
+usage, and a cut one as a cancellation, while the model sees both as they are. Outside of an agent, and where one model
+is to be metered for everybody, `VlunaModel` does the same by itself: ``Agent(VlunaModel("openai:gpt-4o-mini"))``, with
+`call_context` around the run.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+try:
+    from pydantic_ai.capabilities import AbstractCapability, CapabilityOrdering
+except ImportError as error:
+    raise ImportError(
+        "vluna_llm.integrations.pydantic_ai needs Pydantic AI 2.68 or later: pip install 'vluna-llm[pydantic-ai]'",
+        name="pydantic_ai",
+    ) from error
+
+from ..context import CallContext, call_context, current_context, within
+from ..errors import ConfigurationError, VlunaError
+from ..identity import MAX_LABELS, plain_text
+from ._pydantic_ai_call import Refusals
+from ._pydantic_ai_model import VlunaModel
+
+if TYPE_CHECKING:
+    from ..vluna import Vluna
+
+__all__ = ["VlunaCapability", "VlunaModel"]
+
+Named = Mapping[str, Any] | None
+Identity = Callable[[Any], "Named | Awaitable[Named]"]
+
+
+class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
+    """Gates and settles every model request of an agent's runs, and says who pays for them.
+
+    Who pays is asked once, when a run begins, and holds for all that belongs to the run: its model requests, its tools
+    and output functions with the metered clients and agents that they use. Runs at the same time are never mixed up.
+    Each booking bears the labels ``run_id`` and ``agent``.
+
+    Args:
+        vluna: what meters; `Vluna.default()`, whose settings come from the environment, where not given.
+        identity: given the run's context, names who pays by the arguments of `call_context`, e.g.
+            ``lambda ctx: {"principal_id": ctx.deps.customer_id}``; may be a coroutine function. None, or none given:
+            whoever pays for the surrounding work.
+        tools: tools that are sold by themselves: name to feature code. Each execution is an operation, charged with
+            quantity 1 when the tool returns, and with nothing when it raises.
+        id: as any capability has it.
+
+    Raises:
+        ConfigurationError: a feature code that the gate refuses; no ``vluna``, and the environment is incomplete.
+    """
+
+    def __init__(
+        self,
+        vluna: Vluna | None = None,
+        *,
+        identity: Identity | None = None,
+        tools: Mapping[str, str] | None = None,
+        id: str | None = None,
+    ) -> None:
+        if vluna is None:
+            from ..vluna import Vluna
+
+            vluna = Vluna.default()
+        self.id = id
+        self.vluna = vluna
+        self.identity = identity
+        self.tools = dict(tools or {})
+        self._bound: CallContext | None = None
+        self._refusals = Refusals()
+        for feature_code in self.tools.values():
+            vluna.operation(feature_code=feature_code)
+
+    def get_ordering(self) -> CapabilityOrdering:
+        """Around other capabilities: what they fall back to and wrap is seen whole."""
+        return CapabilityOrdering(position="outermost")
+
+    async def for_run(self, ctx: Any) -> VlunaCapability:
+        """The capability of one run, which knows who pays for it.
+
+        Raises:
+            ConfigurationError: what ``identity`` named could not be billed. What it raises itself is not caught.
+        """
+        run = copy.copy(self)
+        run._refusals = Refusals()
+        if self.vluna.mode != "off":
+            run._bound = await self._payer(ctx)
+        return run
+
+    def get_wrapper_model(self, model: Any) -> Any:
+        """The model with each of its requests metered."""
+        return VlunaModel(model, self.vluna, bound=self._bound, refusals=self._refusals)
+
+    async def wrap_model_request(self, ctx: Any, *, request_context: Any, handler: Any) -> Any:
+        """A refusal comes out as it is, whatever another capability would fall back to."""
+        self._refusals.refused = None
+        with self._paying(), self._refusals.final():
+            return await handler(request_context)
+
+    async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
+        """What the tool uses is billed to the run's customer, and the tool itself where it is sold.
+
+        Raises:
+            VlunaError: the gate refused the tool; it was not run.
+        """
+        with self._paying():
+            feature_code = self.tools.get(call.tool_name)
+            if feature_code is None:
+                return await handler(args)
+            async with self.vluna.operation(feature_code=feature_code, estimate=1) as op:
+                result = await handler(args)
+                op.record(quantity=1)
+                return result
+
+    async def wrap_output_validate(self, ctx: Any, *, output_context: Any, output: Any, handler: Any) -> Any:
+        """What the validation uses is billed to the run's customer."""
+        with self._paying():
+            return await handler(output)
+
+    async def wrap_output_process(self, ctx: Any, *, output_context: Any, output: Any, handler: Any) -> Any:
+        """What output functions and validators use is billed to the run's customer."""
+        with self._paying():
+            return await handler(output)
+
+    # -- who pays ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _paying(self) -> Iterator[None]:
+        if self._bound is None:
+            yield
+        else:
+            with within(self._bound):
+                yield
+
+    async def _payer(self, ctx: Any) -> CallContext:
+        named = self.identity(ctx) if self.identity is not None else None
+        if inspect.isawaitable(named):
+            named = await named
+        labels = _labels(ctx)
+        try:
+            return _context(named or {}, labels)
+        except VlunaError as error:
+            if self.vluna.mode == "enforce":
+                raise
+            self.vluna.telemetry.emit(
+                "vluna.endpoint.unmetered",
+                "error",
+                {"error.type": type(error).__name__},
+                message=f"{error} The run goes on for whoever pays for the surrounding work",
+            )
+            return _context({}, labels)
+
+
+def _labels(ctx: Any) -> dict[str, str]:
+    agent = getattr(ctx, "agent", None)
+    told = {"run_id": getattr(ctx, "run_id", None), "agent": getattr(agent, "name", None)}
+    return {name: text for name, value in told.items() if (text := plain_text(value))}
+
+
+def _context(named: Mapping[str, Any], labels: Mapping[str, str]) -> CallContext:
+    own = named.get("labels") or {}
+    room = MAX_LABELS - len(own)
+    try:
+        entered = call_context(**{**named, "labels": {**dict(list(labels.items())[: max(room, 0)]), **own}})
+    except TypeError:
+        unknown = ", ".join(sorted(map(str, named)))
+        raise ConfigurationError(
+            f"identity must name who pays by the arguments of call_context, not {unknown}."
+        ) from None
+    with entered:
+        return current_context()

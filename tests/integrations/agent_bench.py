@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+import agents
 import openai
-import pytest
 from agent_provider import QUANTITY, AgentProvider
 from conftest import settled
 
 from vluna_llm import Vluna, call_context
-from vluna_llm.sandbox import Sandbox
-
-agents = pytest.importorskip("agents", reason="openai-agents is not installed: pip install 'vluna-llm[agents]'")
-
 from vluna_llm.integrations.openai_agents import VlunaModelProvider
+from vluna_llm.sandbox import Sandbox
 
 
 @dataclass
@@ -29,10 +26,13 @@ class Bench:
     gate: Sandbox
     customer: str
     responses: bool = True
+    clients: list[Any] = field(default_factory=list)
 
     def client(self, **options: Any) -> Any:
-        """A bare client of the provider."""
-        return openai.AsyncOpenAI(**{"base_url": self.upstream.base_url, "api_key": "sk", "max_retries": 0, **options})
+        """A bare client of the provider, closed at the end of the work."""
+        options = {"base_url": self.upstream.base_url, "api_key": "sk", "max_retries": 0, **options}
+        self.clients.append(openai.AsyncOpenAI(**options))
+        return self.clients[-1]
 
     def bare(self, **options: Any) -> Any:
         """The SDK's own provider, unmetered."""
@@ -46,9 +46,13 @@ class Bench:
     def bill(self, work: Callable[[], Awaitable[Any]], customer: str | None = None) -> Books:
         """Do it for the customer, wait until all is settled, and give the books."""
         with call_context(principal_id=customer or self.customer) as scope:
-            asyncio.run(_main(work))
+            self.do(work)
         settled(self.vluna, scope, self.gate, customer or self.customer)
         return self.books(customer)
+
+    def do(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        """Do it for nobody in particular."""
+        return asyncio.run(_main(work, self.clients))
 
     def books(self, customer: str | None = None) -> Books:
         """What the gate has written down for the customer."""
@@ -74,12 +78,16 @@ class Books:
         )
 
 
-async def _main(work: Callable[[], Awaitable[Any]]) -> None:
-    await work()
-    # What runs on in the background belongs to the run.
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    if others:
-        await asyncio.wait(others, timeout=10)
+async def _main(work: Callable[[], Awaitable[Any]], clients: list[Any]) -> Any:
+    try:
+        return await work()
+    finally:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:  # what runs on in the background belongs to the run
+            await asyncio.wait(others, timeout=10)
+        for client in clients:
+            await client.close()
+        clients.clear()
 
 
 async def run(agent: Any, config: Any, prompt: Any = "hi", *, streamed: bool = False, **options: Any) -> Any:
@@ -90,50 +98,3 @@ async def run(agent: Any, config: Any, prompt: Any = "hi", *, streamed: bool = F
     async for _ in result.stream_events():
         pass
     return result
-
-
-@pytest.fixture(scope="session")
-def _upstream() -> Iterator[AgentProvider]:
-    with AgentProvider() as provider:
-        yield provider
-
-
-@pytest.fixture
-def upstream(_upstream: AgentProvider) -> AgentProvider:
-    """The scripted provider, with nothing asked of it yet."""
-    _upstream.behaviour = "ok"
-    _upstream.pause = 0.02
-    _upstream.says()
-    _upstream.requests.clear()
-    _upstream.flaked.clear()
-    _upstream.responses.clear()
-    _upstream.released.set()
-    _upstream.released.clear()
-    return _upstream
-
-
-@pytest.fixture
-def bench(vluna: Vluna, upstream: AgentProvider, shared_gate: Sandbox, customer: str) -> Bench:
-    """With the gate that all share, and the Responses API."""
-    agents.set_tracing_disabled(True)
-    return Bench(vluna, upstream, shared_gate, customer)
-
-
-@pytest.fixture(params=[True, False], ids=["responses", "chat"])
-def both(bench: Bench, request: pytest.FixtureRequest) -> Bench:
-    """`bench`, with either API."""
-    bench.responses = request.param
-    return bench
-
-
-@pytest.fixture(params=[False, True], ids=["run", "streamed"])
-def streamed(request: pytest.FixtureRequest) -> bool:
-    """``Runner.run``, or ``Runner.run_streamed``."""
-    return request.param is True
-
-
-@pytest.fixture
-def own_gate() -> Iterator[Sandbox]:
-    """A gate for a test that changes it."""
-    with Sandbox() as gate:
-        yield gate

@@ -10,13 +10,16 @@ import pytest
 from agent_provider import TEXT, Say, call
 from conftest import eventually
 
-agents = pytest.importorskip("agents", reason="openai-agents is not installed: pip install 'vluna-llm[agents]'")
+pytest.importorskip("agents", reason="openai-agents is not installed: pip install 'vluna-llm[agents]'")
 
-from agent_bench import Bench, _upstream, bench, both, own_gate, run, streamed, upstream  # noqa: F401
+import agents
+from agent_bench import Bench, run
 
 from vluna_llm.errors import GateDenied, GateRateLimited, GateUnavailable
 from vluna_llm.integrations.openai_agents import VlunaModel
 from vluna_llm.sandbox import Sandbox
+
+pytest_plugins = ["agent_fixtures"]
 
 BIG, SMALL = "openai.gpt-4o", "openai.gpt-4o-mini"
 
@@ -44,7 +47,11 @@ def test_each_turn_is_an_operation(both: Bench, streamed: bool) -> None:
 
     both.bill(work).are(BIG, BIG)
     (result,) = results
-    assert [item.type for item in result.new_items] == ["tool_call_item", "tool_call_output_item", "message_output_item"]
+    assert [item.type for item in result.new_items] == [
+        "tool_call_item",
+        "tool_call_output_item",
+        "message_output_item",
+    ]
     assert result.new_items[1].output == "sea is a word"
     # In streams of Chat Completions the SDK asks only OpenAI itself for usage: what we ask for in its place stays ours.
     assert result.context_wrapper.usage.total_tokens == (0 if streamed and not both.responses else 240)
@@ -75,21 +82,23 @@ def test_parallel_tools_that_run_agents(both: Bench) -> None:
 
 
 def test_an_input_guardrail_that_trips_beside_the_call(both: Bench, streamed: bool) -> None:
-    """The call that is cancelled with it is given back."""
+    """``run`` cancels the call, which is given back; ``run_streamed`` lets the model finish, which is charged."""
 
     @agents.input_guardrail
     async def no(context: Any, agent: Any, given: Any) -> Any:
         await asyncio.to_thread(eventually, lambda: len(both.upstream.posts()) == 1)
         return agents.GuardrailFunctionOutput(output_info=None, tripwire_triggered=True)
 
-    both.upstream.behaviour = "slow" if streamed else "silent"  # a stream looks for it at each event
-    both.upstream.pause = 0.2
+    both.upstream.behaviour = "slow" if streamed else "silent"
 
     async def work() -> None:
         with pytest.raises(agents.InputGuardrailTripwireTriggered):
             await run(writer(input_guardrails=[no]), both.config(), streamed=streamed)
 
-    both.bill(work).are(canceled=1)
+    if streamed:
+        both.bill(work).are(BIG)
+    else:
+        both.bill(work).are(canceled=1)
 
 
 def test_an_input_guardrail_that_is_waited_for(both: Bench, streamed: bool) -> None:
@@ -258,18 +267,16 @@ def test_a_model_timeout(both: Bench, streamed: bool) -> None:
 
 
 @pytest.fixture
-def poor(bench: Bench, own_gate: Sandbox, make_vluna: Any) -> Bench:  # noqa: F811
+def poor(bench: Bench, own_gate: Sandbox, make_vluna: Any) -> Bench:
     """A bench with a gate of its own, which a test may change."""
     return Bench(make_vluna(own_gate), bench.upstream, own_gate, bench.customer)
 
 
-async def _refused(kind: type[Exception], bench: Bench, streamed: bool, agent: Any = None, **options: Any) -> Any:  # noqa: F811
-    try:
+async def _refused(kind: type[Exception], bench: Bench, streamed: bool, agent: Any = None, **options: Any) -> Any:
+    with pytest.raises(kind) as caught:
         await run(agent or writer(), bench.config(**options), streamed=streamed)
-    except Exception as error:
-        assert type(error) is kind
-        return error
-    raise AssertionError("nothing was refused")
+    assert type(caught.value) is kind
+    return caught.value
 
 
 @pytest.mark.parametrize("api", [True, False], ids=["responses", "chat"])
@@ -353,7 +360,7 @@ def test_a_refusal_is_never_retried(how: str, api: bool, poor: Bench, streamed: 
 
 
 def test_without_a_gate(poor: Bench, make_vluna: Any, streamed: bool) -> None:
-    """``deny``: our exception, and nothing is asked of the provider; ``allow``: the run goes on, and is booked later."""
+    """``deny``: our exception, and the provider is not asked; ``allow``: the run goes on, and is booked later."""
     poor.upstream.says(call("look_up"))
     poor.vluna = make_vluna(poor.gate, on_gate_unavailable="deny", authorize_deadline=0.3)
     poor.gate.faults.add("status", "authorize", times=None)
@@ -369,7 +376,7 @@ def test_without_a_gate(poor: Bench, make_vluna: Any, streamed: bool) -> None:
     from vluna_llm import call_context
 
     with call_context(principal_id=poor.customer) as scope:
-        asyncio.run(work())
+        poor.do(work)
     assert scope.wait(10)
     entries = poor.gate.booked(poor.customer).entries
     assert [(entry.kind, entry.quantity, entry.status) for entry in entries] == [("ingest", 120, "applied")] * 2
@@ -378,9 +385,10 @@ def test_without_a_gate(poor: Bench, make_vluna: Any, streamed: bool) -> None:
 def test_the_kill_switch(bench: Bench, streamed: bool) -> None:
     """Mode ``off``: nobody is asked and nobody named; ``observe``: a run without a customer goes on."""
     bench.vluna.mode = "off"
-    asyncio.run(run(writer(), bench.config(), streamed=streamed))
+    bench.do(lambda: run(writer(), bench.config(), streamed=streamed))
     bench.vluna.mode = "observe"
-    asyncio.run(run(writer(), bench.config(identity=lambda context: {"principal_id": context}), streamed=streamed))
+    config = bench.config(identity=lambda context: {"principal_id": context})
+    bench.do(lambda: run(writer(), config, streamed=streamed))
     assert len(bench.upstream.posts()) == 2
     bench.books().are()
 

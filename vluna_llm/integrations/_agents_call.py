@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, Final, Literal
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Final, Literal, cast
 from urllib.parse import urlsplit
 
 from ..ending import Ending
@@ -14,10 +14,14 @@ from ..usage.events import EventReader
 from ..usage.normalize import normalize_usage
 from ..usage.types import TokenUsage
 from ._openai_endpoints import provider_of
+from ._openai_usage_option import REFUSERS, is_refusal
 
 _NO_ID: Final = "__fake_id__"
 """What the SDK puts where an API gives its answers no id of the kind that Responses have."""
 _LITELLM: Final = "agents.extensions.models.litellm_model"
+_ADAPTERS: Final = "agents.extensions.models."
+_SETTINGS: Final = 2
+"""Where ``model_settings`` stand among the positional arguments of ``stream_response``."""
 _CHARACTERS_PER_TOKEN: Final = 4
 _TERMINAL: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
 _ERRORS: Final = frozenset({"error", "response.error"})
@@ -66,6 +70,35 @@ def model_call_of(model: Any, request: Mapping[str, Any], *, stream: bool) -> Mo
     return ModelCall(
         "responses", provider, name, {key: value for key, value in body.items() if value not in (None, [])}, stream
     )
+
+
+def asking_usage(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    """The arguments of a stream with ``include_usage`` asked for; None where that is decided, or none of the API's.
+
+    The SDK's adapters of Chat Completions ask for it where ``ModelSettings`` say so.
+    """
+    settings = args[_SETTINGS] if len(args) > _SETTINGS else kwargs.get("model_settings")
+    if getattr(settings, "include_usage", True) is not None or not type(model).__module__.startswith(_ADAPTERS):
+        return None
+    if _upstream(model) in REFUSERS:
+        return None
+    asking = replace(cast(Any, settings), include_usage=True)
+    if len(args) > _SETTINGS:
+        return (*args[:_SETTINGS], asking, *args[_SETTINGS + 1 :]), kwargs
+    return args, {**kwargs, "model_settings": asking}
+
+
+def refused_option(model: Any, error: BaseException) -> bool:
+    """Whether the upstream does not know ``include_usage``; from now on it is not asked."""
+    status = getattr(error, "status_code", None)
+    if not isinstance(status, int) or not is_refusal(status, str(error)):
+        return False
+    REFUSERS.add(_upstream(model))
+    return True
+
+
+def _upstream(model: Any) -> str:
+    return f"agents:{getattr(model, 'base_url', None)}:{getattr(model, 'model', None)}"
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from ..errors import VlunaError
 from ..lifecycle import ModelCall
 from ..slot import Slot, inside
 from ..tap import INLINE_SECONDS
-from ._agents_call import EventItems, Share, ending_of, model_call_of
+from ._agents_call import EventItems, Share, asking_usage, ending_of, model_call_of, refused_option
 from ._agents_payer import Turn, paying
 
 if TYPE_CHECKING:
@@ -179,16 +179,9 @@ class VlunaModel(Model):  # type: ignore[misc]
                     with inside(share.slot):
                         yield
 
-        stream = None
+        source = _pull(vluna, model, args, kwargs, working, ask=share is not None)
         try:
-            with working():
-                stream = model.stream_response(*args, **kwargs)
-            while True:
-                with working():
-                    try:
-                        event = await stream.__anext__()
-                    except StopAsyncIteration:
-                        break
+            async for event in source:
                 if watch is not None and share is not None:
                     with _reported(vluna, "agents.event"):
                         if reader.take(event):
@@ -202,10 +195,43 @@ class VlunaModel(Model):  # type: ignore[misc]
                 watch.broke(error)
             raise
         finally:
-            close = getattr(stream, "aclose", None)
-            if close is not None:
+            await source.aclose()
+
+
+async def _pull(
+    vluna: Vluna, model: Any, args: Any, kwargs: Any, working: Callable[[], Any], *, ask: bool
+) -> AsyncGenerator[Any, None]:
+    """The given model's events, with usage asked for where its API reports it only then (design rule 2)."""
+    asking = None
+    if ask:
+        with _reported(vluna, "agents.include_usage"):
+            asking = asking_usage(model, args, kwargs)
+    begun, stream = False, None
+    try:
+        with working():
+            stream = model.stream_response(*(asking or (args, kwargs))[0], **(asking or (args, kwargs))[1])
+        while True:
+            with working():
+                try:
+                    event = await stream.__anext__()
+                except StopAsyncIteration:
+                    break
+                except Exception as error:
+                    if begun or asking is None or not refused_option(model, error):
+                        raise
+                    event = None
+            if event is None:  # outside of the except block: the caller's exception must not carry this one
+                asking = None
                 with working():
-                    await close()
+                    stream = model.stream_response(*args, **kwargs)
+                continue
+            begun = True
+            yield event
+    finally:
+        close = getattr(stream, "aclose", None)
+        if close is not None:
+            with working():
+                await close()
 
 
 def _with_metered_client(model: Any, vluna: Vluna) -> Any:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from agent_provider import TEXT, call, has_results
@@ -18,13 +22,14 @@ from conftest import settled
 pytest.importorskip("agents", reason="openai-agents is not installed: pip install 'vluna-llm[agents]'")
 
 import agents
+import websockets
 from agent_bench import Bench, run
 from agents.models import _openai_shared
 from agents.testing import ModelStep, ScriptedModel, assistant_message, function_call
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
 
 from vluna_llm import call_context
-from vluna_llm.errors import GateDenied, MissingPrincipal
+from vluna_llm.errors import ConfigurationError, GateDenied, MissingPrincipal
 from vluna_llm.integrations import openai_agents
 from vluna_llm.integrations.openai_agents import VlunaModel, VlunaModelProvider, install, uninstall
 from vluna_llm.sandbox import Sandbox
@@ -271,6 +276,63 @@ def test_waiting_for_the_receipt(bench: Bench, make_vluna: Any, streamed: bool) 
             asyncio.run(work())
 
 
+# -- Responses over a WebSocket ----------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def socket(bench: Bench) -> AsyncIterator[Any]:
+    """The SDK's provider over a WebSocket to a server of ours, which sends what the provider says over HTTP."""
+    bodies: list[dict[str, Any]] = []
+
+    async def serve(connection: Any) -> None:
+        async for message in connection:
+            body = {**json.loads(message), "stream": True}
+            body.pop("type", None)
+            bodies.append(body)
+            async with httpx.AsyncClient() as http:
+                answer = await http.post(f"{bench.upstream.base_url}/responses", json=body)
+            for line in answer.text.splitlines():
+                if line.startswith("data: "):
+                    await connection.send(line.removeprefix("data: "))
+
+    async with websockets.serve(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        client = openai.AsyncOpenAI(
+            base_url=bench.upstream.base_url, websocket_base_url=f"ws://127.0.0.1:{port}", api_key="sk"
+        )
+        inner = agents.OpenAIProvider(openai_client=client, use_responses=True, use_responses_websocket=True)
+        yield inner
+        await inner.aclose()
+        await client.close()
+    assert bodies
+
+
+def test_responses_over_a_websocket(bench: Bench, streamed: bool) -> None:
+    """No client sees these: the calls are settled by the usage of their last event, and the connection is kept."""
+    bench.upstream.says(call("look_up"))
+
+    async def work() -> None:
+        async with socket(bench) as inner:
+            provider = VlunaModelProvider(bench.vluna, inner)
+            config = agents.RunConfig(model_provider=provider, tracing_disabled=True)
+            await run(writer(), config, streamed=streamed)
+            assert provider.get_model("gpt-4o")._vluna_inner is inner.get_model("gpt-4o")
+
+    bench.bill(work).are(BIG, BIG)
+
+
+def test_a_response_over_a_websocket_that_did_not_complete(bench: Bench) -> None:
+    """What its last event reports is charged."""
+    bench.upstream.behaviour = "incomplete"
+
+    async def work() -> None:
+        async with socket(bench) as inner:
+            with pytest.raises(agents.ModelBehaviorError):
+                await run(writer(), bench.config(inner), streamed=True)
+
+    bench.bill(work).are(BIG)
+
+
 # -- LiteLLM -----------------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +418,19 @@ def test_the_default_client(both: Bench, streamed: bool) -> None:
     assert _openai_shared.get_default_openai_client() is mine
 
 
+def test_the_default_transport_that_no_client_sees(bench: Bench, make_vluna: Any) -> None:
+    """`install` cannot meter Responses over a WebSocket, and says so, or refuses to be installed."""
+    agents.set_default_openai_client(bench.client(), use_for_tracing=False)
+    agents.set_default_openai_responses_transport("websocket")
+    try:
+        with pytest.raises(ConfigurationError, match="WebSocket"):
+            install(make_vluna(on_unmetered="deny"))
+        assert openai_agents._installed is None
+        install(bench.vluna)
+    finally:
+        agents.set_default_openai_responses_transport("http")
+
+
 def test_no_default_client(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is made as the SDK would make it; a client that somebody sets afterwards is left alone."""
     monkeypatch.setenv("OPENAI_BASE_URL", bench.upstream.base_url)
@@ -401,6 +476,23 @@ def test_making_a_provider_needs_no_settings(monkeypatch: pytest.MonkeyPatch) ->
     assert provider.openai_provider is not None
     with pytest.raises(openai.OpenAIError):
         provider.get_model("gpt-4o")
+
+
+def test_the_example(tmp_path: Path) -> None:
+    """``examples/openai_agents.py`` runs as it stands: turns, a sold tool, a handoff, and a customer without credit."""
+    program = Path(__file__).resolve().parents[2] / "examples" / "openai_agents.py"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLUNA_", "OPENAI_"))}
+    done = subprocess.run(
+        [sys.executable, str(program)], cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    said, refused, *booked = done.stdout.splitlines()
+    assert said.startswith("[clerk] looks the orders up ... [writer] Your lantern")
+    assert refused == "[clerk] refused for Bob: insufficient_credit; no model was called"
+    rows = [line.split() for line in booked[:-2]]
+    features = ["openai.gpt-4o-mini", "tools.order_search", "openai.gpt-4o-mini", "openai.gpt-4o"]
+    assert sorted(row[0] for row in rows) == sorted(features)
+    assert booked[-2:] == [f"Ada pays {sum(int(row[2]) for row in rows)} XUSD", "Bob pays 0 XUSD"]
 
 
 def test_the_extra_is_named(tmp_path: Path) -> None:

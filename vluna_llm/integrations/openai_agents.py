@@ -168,14 +168,15 @@ def install(vluna: Vluna | None = None) -> None:
     """Meter the SDK's default OpenAI client: every run from now on that names OpenAI's models by strings.
 
     The default client that was set is metered, or one with the SDK's own defaults; set a default key before. Other
-    providers (``litellm/...``) and models that agents hold as objects are not covered: `VlunaModelProvider` and
-    `VlunaModel` are for those. Doing it again replaces the metering.
+    providers (``litellm/...``), Responses over a WebSocket and models that agents hold as objects are not covered:
+    `VlunaModelProvider` and `VlunaModel` are for those. Doing it again replaces the metering.
 
     Args:
         vluna: the metering; `Vluna.default()` where not given.
 
     Raises:
-        ConfigurationError: the environment is incomplete or wrong.
+        ConfigurationError: the environment is incomplete or wrong; or Responses go over a WebSocket, which is not
+            metered here, and ``on_unmetered`` is ``deny``.
         openai.OpenAIError: the SDK has neither a default client nor a key.
     """
     global _installed
@@ -189,6 +190,8 @@ def install(vluna: Vluna | None = None) -> None:
     if bare is None:
         bare = AsyncOpenAI(api_key=_openai_shared.get_default_openai_key(), http_client=shared_http_client())
     metered = vluna.wrap(bare)
+    if _openai_shared.get_default_openai_responses_transport() == "websocket":
+        vluna.unmetered("Responses over a WebSocket after install() of openai_agents (use VlunaModelProvider)")
     agents.set_default_openai_client(metered, use_for_tracing=False)
     _installed = (before, metered)
 

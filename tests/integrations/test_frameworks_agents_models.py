@@ -29,7 +29,7 @@ from agents.testing import ModelStep, ScriptedModel, assistant_message, function
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
 
 from vluna_llm import call_context
-from vluna_llm.errors import ConfigurationError, GateDenied, MissingPrincipal
+from vluna_llm.errors import ConfigurationError, GateDenied, GateRateLimited, MissingPrincipal
 from vluna_llm.integrations import openai_agents
 from vluna_llm.integrations.openai_agents import VlunaModel, VlunaModelProvider, install, uninstall
 from vluna_llm.sandbox import Sandbox
@@ -146,6 +146,24 @@ def test_a_provider_of_the_applications_own(bench: Bench, streamed: bool) -> Non
     assert provider.closed is False
     asyncio.run(provider.aclose())
     assert inner.closed
+
+
+def test_a_refusal_is_not_retried_with_such_a_model(
+    bench: Bench, own_gate: Sandbox, make_vluna: Any, streamed: bool
+) -> None:
+    """Whatever the retry policy says, and although the model itself has no advice to give."""
+    poor = Bench(make_vluna(own_gate), bench.upstream, own_gate, bench.customer)
+    own_gate.rate(1, principal_id=poor.customer)
+    retry = agents.ModelRetrySettings(max_retries=3, policy=lambda context: True, backoff={"initial_delay": 0.01})
+    agent = writer(model=VlunaModel(Own(poor.client()), poor.vluna), model_settings=agents.ModelSettings(retry=retry))
+
+    async def work() -> None:
+        await run(agent, plain(), streamed=streamed)
+        with pytest.raises(GateRateLimited):
+            await run(agent, plain(), streamed=streamed)
+
+    poor.bill(work).are("acme.large")
+    assert len([one for one in own_gate.requests if one.path.endswith("/gate/authorize")]) == 2
 
 
 def test_a_refusal_before_a_model_of_the_applications_own(
@@ -493,6 +511,25 @@ def test_the_example(tmp_path: Path) -> None:
     features = ["openai.gpt-4o-mini", "tools.order_search", "openai.gpt-4o-mini", "openai.gpt-4o"]
     assert sorted(row[0] for row in rows) == sorted(features)
     assert booked[-2:] == [f"Ada pays {sum(int(row[2]) for row in rows)} XUSD", "Bob pays 0 XUSD"]
+
+
+def test_the_readmes_snippet(bench: Bench, tmp_path: Path) -> None:
+    """It runs as pasted, and charges the customer whom it names."""
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    part = readme.partition("## OpenAI Agents SDK\n")[2].partition("```python\n")[2].partition("```")[0]
+    with Sandbox() as gate:
+        told = {
+            **gate.env(),
+            "OPENAI_BASE_URL": bench.upstream.base_url,
+            "OPENAI_API_KEY": "none",
+            "OPENAI_AGENTS_DISABLE_TRACING": "1",
+            "XDG_STATE_HOME": str(tmp_path),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", part], env={**os.environ, **told}, capture_output=True, text=True, timeout=100
+        )
+        assert (done.returncode, done.stdout) == (0, "hello world\n"), done.stderr
+        assert [entry.feature for entry in gate.booked("customer_123").entries] == ["openai.gpt-4o-mini"]
 
 
 def test_the_extra_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import openai
 import pytest
 from agent_provider import TEXT, call, has_results
@@ -238,6 +239,28 @@ def test_a_stream_of_such_a_model_that_is_left(how: str, bench: Bench) -> None:
             gc.collect()
 
     bench.bill(work).are(canceled=0 if how == "never" else 1)
+
+
+def test_a_stream_of_such_a_model_whose_loop_is_gone(bench: Bench) -> None:
+    """Nobody can close it any more: that it was forgotten is noticed all the same."""
+    bench.upstream.behaviour = "hang"
+    keywords: dict[str, Any] = dict.fromkeys(("previous_response_id", "conversation_id", "prompt"))
+    tracing = agents.ModelTracing.DISABLED
+    http = httpx2.AsyncClient()
+    model = VlunaModel(Own(bench.client(http_client=http)), bench.vluna)
+    bench.clients.clear()
+    with call_context(principal_id=bench.customer) as scope:
+        loop = asyncio.new_event_loop()
+        events = model.stream_response(None, "hi", agents.ModelSettings(), [], None, [], tracing, **keywords)
+        assert loop.run_until_complete(events.__anext__()).type == "response.created"
+        loop.run_until_complete(http.aclose())
+        loop.call_soon = lambda *args, **options: None  # type: ignore[method-assign,assignment]
+        loop.call_soon_threadsafe = lambda *args, **options: None  # type: ignore[method-assign,assignment]
+        del events
+        gc.collect()
+        bill = settled(bench.vluna, scope, bench.gate, bench.customer)
+        loop.close()
+    bill.cancelled_once()
 
 
 def test_estimates_of_what_was_left(bench: Bench, make_vluna: Any) -> None:

@@ -252,7 +252,11 @@ def test_a_stream_of_such_a_model_whose_loop_is_gone(bench: Bench) -> None:
     with call_context(principal_id=bench.customer) as scope:
         loop = asyncio.new_event_loop()
         events = model.stream_response(None, "hi", agents.ModelSettings(), [], None, [], tracing, **keywords)
-        assert loop.run_until_complete(events.__anext__()).type == "response.created"
+
+        async def first(events: Any) -> str:
+            return str((await events.__anext__()).type)
+
+        assert loop.run_until_complete(first(events)) == "response.created"
         loop.run_until_complete(http.aclose())
         loop.close()
         del events

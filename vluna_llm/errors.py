@@ -30,6 +30,9 @@ LimitName = Literal["max_amount_xusd", "max_tokens"]
 class VlunaError(Exception):
     """Root of all errors of this package."""
 
+    unsafe_to_replay = True
+    """Read by the OpenAI Agents SDK: none of its retry policies repeats a call that ended like this (design rule 8)."""
+
 
 class ConfigurationError(VlunaError):
     """A setting is missing or wrong. Raised before anything is spent; the text names the setting and the fix."""

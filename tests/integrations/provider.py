@@ -43,6 +43,8 @@ class Provider:
     ``failed``, ``queued`` (Responses API); ``slow_body`` (JSON in small pieces). ``encoding`` compresses answers.
     """
 
+    handler: Any = None  # a subclass may answer in a way of its own
+
     def __init__(self) -> None:
         self.behaviour = "ok"
         self.encoding = "identity"
@@ -53,7 +55,7 @@ class Provider:
         self.flaked: set[str] = set()
         provider = self
 
-        class Handler(_Handler):
+        class Handler(self.handler or _Handler):  # type: ignore[misc]
             owner = provider
 
         self._server = _Server(("127.0.0.1", 0), Handler)

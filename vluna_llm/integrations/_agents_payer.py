@@ -1,0 +1,119 @@
+"""Who pays for the calls of an agent's run, where that is read from the run's own context object.
+
+A model of the SDK is not told for which run it is called. ``RunHooks.on_llm_start`` is, but it runs in a task of its
+own, whose context variables nobody else sees. What both share is the moment before: the runner asks the provider for
+the model in the run's own task, right before the hook. There a `Turn` is laid down, for this one call: the model
+keeps it, the hook finds it in the context that its task has copied, and writes into it who pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from ..context import CallContext, make_context, within
+from ..errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from ..vluna import Vluna
+
+Identity = Callable[[Any], "CallContext | Mapping[str, Any] | None"]
+"""From the run's context object to who pays: a `CallContext`, its fields by name, or None for the surrounding one."""
+
+
+class Turn:
+    """One model call of one run, from the moment when the runner looks the model up.
+
+    Attributes:
+        identity: reads who pays from the run's context object.
+        payer: who that is, once the hook was called.
+        begun: whether the model was called: what the hook finds then belongs to a run that is over.
+    """
+
+    __slots__ = ("begun", "identity", "payer", "told")
+
+    def __init__(self, identity: Identity) -> None:
+        self.identity = identity
+        self.payer: CallContext | None = None
+        self.told = False
+        self.begun = False
+
+
+_turn: ContextVar[Turn | None] = ContextVar("vluna_llm_agents_turn", default=None)
+_inherited: ContextVar[Identity | None] = ContextVar("vluna_llm_agents_inherited", default=None)
+
+
+def lay_down(identity: Identity) -> Turn:
+    """A turn for the model that is being looked up in the running task."""
+    turn = Turn(identity)
+    _turn.set(turn)
+    return turn
+
+
+def fill_in(context: Any) -> None:
+    """Write who pays into the turn that was laid down for the call that is about to be made.
+
+    Raises:
+        ConfigurationError: the model of this call does not come from a provider that knows how to read it.
+    """
+    turn = _turn.get()
+    if turn is None or turn.begun:
+        raise ConfigurationError(
+            "VlunaRunHooks are told of a call whose model does not come from VlunaModelProvider(identity=...): nobody "
+            "would know who pays. Pass RunConfig(model_provider=VlunaModelProvider(identity=...)) and name models by "
+            "strings, or leave the hooks out and use call_context(...)."
+        )
+    turn.payer = read(turn.identity, context)
+    turn.told = True
+
+
+def read(identity: Identity, context: Any) -> CallContext | None:
+    """Who pays, by the run's context object.
+
+    Raises:
+        ConfigurationError: what ``identity`` gave has fields that a call context has not, or ids that cannot be signed.
+    """
+    found = identity(context)
+    if found is None or isinstance(found, CallContext):
+        return found
+    try:
+        return make_context(**found)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"identity= must give a CallContext, a dict of the arguments of call_context, or None: {error}."
+        ) from None
+
+
+@contextmanager
+def paying(vluna: Vluna, turn: Turn | None) -> Iterator[None]:
+    """What runs in the ``with`` bills the turn's customer; without a turn, whoever the surrounding context names.
+
+    Raises:
+        ConfigurationError: the provider reads who pays from the run's context, and the run has no hooks that do.
+    """
+    payer = None
+    if turn is not None and vluna.mode != "off":
+        turn.begun = True
+        if turn.told:
+            payer = turn.payer
+        elif _inherited.get() is not turn.identity and vluna.mode == "enforce":
+            raise ConfigurationError(
+                "VlunaModelProvider(identity=...) learns of the run's context from hooks: pass hooks=VlunaRunHooks() "
+                "to Runner.run (and to as_tool, for a run inside a run), or wrap that tool in surface_refusals(...)."
+            )
+    with within(payer) if payer is not None else nullcontext():
+        yield
+
+
+@contextmanager
+def inheriting(identity: Identity, context: Any) -> Iterator[None]:
+    """What runs in the ``with`` (a tool, and the runs inside it) bills whom this run's context names."""
+    payer = read(identity, context)
+    token = _inherited.set(identity)
+    try:
+        with within(payer) if payer is not None else nullcontext():
+            yield
+    finally:
+        _inherited.reset(token)

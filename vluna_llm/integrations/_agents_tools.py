@@ -1,0 +1,194 @@
+"""Tools of the OpenAI Agents SDK that cost money, and tools inside of which the gate may refuse something.
+
+The SDK gives an error of a tool to the model as a text, and raises ``UserError`` in its place where it raises at all.
+Neither may happen to a refusal: it is an answer for the customer. So the tool's twin notes the error below the SDK's
+handling and raises it above; and it makes it an ``AgentsException`` besides, which the SDK lets pass as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Awaitable, Callable, Hashable
+from contextlib import nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from agents import AgentsException, FunctionTool
+
+from ..errors import ConfigurationError, VlunaError
+from ..manual import OperationContext
+from ._agents_payer import Identity, inheriting
+
+if TYPE_CHECKING:
+    from ..vluna import Vluna
+
+E = TypeVar("E", bound=VlunaError)
+Invoke = Callable[[Any, str], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What is sold with each use of a tool.
+
+    Attributes:
+        feature_code: what the gate is asked for.
+        estimate: about how much one use takes, in the feature's unit.
+        quantity: how much it took, by what the tool returned; the estimate where not given.
+        feature_family_code: its family.
+        vluna: the metering; `Vluna.default()` where not given.
+    """
+
+    feature_code: str
+    estimate: int
+    quantity: Callable[[Any], int] | None = None
+    feature_family_code: str | None = None
+    vluna: Vluna | None = None
+
+    def operation(self) -> OperationContext:
+        """The gate's part of one use."""
+        vluna = self.vluna
+        if vluna is None:
+            from ..vluna import Vluna
+
+            vluna = Vluna.default()
+        return vluna.operation(
+            feature_code=self.feature_code, estimate=self.estimate, feature_family_code=self.feature_family_code
+        )
+
+
+@dataclass(slots=True)
+class _Use:
+    """One use of a tool: the error that it ended with, which the SDK may have made a text of."""
+
+    errors: list[BaseException] = field(default_factory=list)
+
+    def raise_refusal(self) -> None:
+        for error in self.errors:
+            if isinstance(error, VlunaError):
+                raise passing(error)
+
+
+_use: ContextVar[_Use | None] = ContextVar("vluna_llm_agents_tool_use", default=None)
+
+
+def twin_of(tool: FunctionTool, price: Price | None) -> FunctionTool:
+    """The same tool, in which a refusal ends the run; each use is an operation of its own where it has a price.
+
+    Raises:
+        ConfigurationError: this is not a function tool, or it has a price already.
+    """
+    if not isinstance(tool, FunctionTool):
+        raise ConfigurationError(
+            f"Only function tools can be gated, not {type(tool).__name__!r}: the provider runs its own tools itself."
+        )
+    twin = copy.copy(tool)
+    twin.on_invoke_tool = _dressed(twin.on_invoke_tool, price)
+    return twin
+
+
+def passing(error: E) -> E:
+    """The same error object, which the SDK passes on as it is from now on."""
+    if not isinstance(error, AgentsException):
+        kind: Any = type(error)
+        error.__class__ = _joined(kind, (kind, AgentsException))
+        error.run_data = None  # type: ignore[attr-defined]
+    return error
+
+
+@functools.lru_cache(maxsize=64)
+def _joined(kind: Hashable, bases: tuple[type[Any], ...]) -> type[Any]:
+    """A class of these bases that looks like ``kind``, also in a traceback."""
+    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return types.new_class(named["__qualname__"].rpartition(".")[2], bases, {}, lambda body: body.update(named))
+
+
+# -- using it ----------------------------------------------------------------------------------------------------------
+
+
+async def _used(invoke: Invoke, context: Any, arguments: str, price: Price | None) -> Any:
+    """Use the tool, and raise what the gate refused in it, whatever the SDK made of that."""
+    identity = _identity_of(context)
+    use = _Use()
+    token = _use.set(use)
+    try:
+        with inheriting(identity, context.context) if identity is not None else nullcontext():
+            if price is None:
+                result = await invoke(context, arguments)
+            else:
+                async with price.operation() as operation:
+                    result = await invoke(context, arguments)
+                    if not use.errors:
+                        operation.record(quantity=price.quantity(result) if price.quantity else price.estimate)
+                    use.raise_refusal()
+    except VlunaError as error:
+        passing(error)
+        raise
+    finally:
+        _use.reset(token)
+    use.raise_refusal()
+    return result
+
+
+def _identity_of(context: Any) -> Identity | None:
+    """How the run that this tool is used in knows who pays."""
+    provider = getattr(getattr(context, "run_config", None), "model_provider", None)
+    identity: Identity | None = getattr(provider, "_vluna_identity", None)
+    return identity
+
+
+def _noting(implementation: Invoke) -> Invoke:
+    """What the SDK's handling of errors is wrapped around; it notes them before they become texts."""
+
+    @functools.wraps(implementation)
+    async def invoke(context: Any, arguments: str) -> Any:
+        try:
+            return await implementation(context, arguments)
+        except BaseException as error:
+            if (use := _use.get()) is not None:
+                use.errors.append(error)
+            raise
+
+    return invoke
+
+
+class _Dressed:
+    """An invoker of the SDK's own class, by which it recognises what it has made of a Python function."""
+
+    _vluna_price: Price | None
+
+    async def __call__(self, context: Any, arguments: str) -> Any:
+        invoke: Invoke = super().__call__  # type: ignore[misc]
+        return await _used(invoke, context, arguments, self._vluna_price)
+
+    def __agents_bind_function_tool__(self, tool: Any) -> Any:
+        bound = super().__agents_bind_function_tool__(tool)  # type: ignore[misc]
+        return bound if bound is self else _in_class(bound, self._vluna_price)
+
+
+def _dressed(invoker: Any, price: Price | None) -> Any:
+    if isinstance(invoker, _Dressed):
+        if price is not None and invoker._vluna_price is not None:
+            raise ConfigurationError("This tool has a price already: gate it once.")
+        return invoker if price is None else _in_class(copy.copy(invoker), price)
+    implementation = getattr(invoker, "_invoke_tool_impl", None)
+    if implementation is not None and hasattr(invoker, "__agents_bind_function_tool__"):
+        twin = copy.copy(invoker)
+        twin._invoke_tool_impl = _noting(implementation)
+        return _in_class(twin, price)
+
+    @functools.wraps(invoker)
+    async def invoke(context: Any, arguments: str) -> Any:
+        return await _used(_noting(invoker), context, arguments, price)
+
+    return invoke
+
+
+def _in_class(invoker: Any, price: Price | None) -> Any:
+    if not isinstance(invoker, _Dressed):
+        kind: Any = type(invoker)
+        invoker.__class__ = _joined(kind, (_Dressed, kind))
+    invoker._vluna_price = price
+    return invoker

@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from conftest import eventually
+from provider import WORDS
 from pydantic_ai_agents import WAYS, Bench, VlunaModel, bench_fixture, pydantic_ai, scripted_fixture  # noqa: F401
 from scripted_chat import Step, turns
 
@@ -24,13 +25,13 @@ OURS = pytest.mark.parametrize("way", ["capability", "model", "both"])
 """Where the model itself watches the stream; a metered client inside reads the bytes."""
 
 
-async def leave(agent: Any, after: int = 2) -> None:
+async def leave(agent: Any, after: int = 2, seen: list[str] | None = None) -> None:
     """Break out of a stream of text."""
+    seen = [] if seen is None else seen
     async with agent.run_stream("hi") as result:
-        seen = 0
-        async for _ in result.stream_text(delta=True, debounce_by=None):
-            seen += 1
-            if seen == after:
+        async for text in result.stream_text(delta=True, debounce_by=None):
+            seen.append(text)
+            if len(seen) == after:
                 break
 
 
@@ -144,8 +145,10 @@ def test_cancelled_after_the_finish_reason(way: str, bench: Bench) -> None:
     bench.provider.behaviour = "hang_after_finish"
 
     async def program() -> None:
-        task = asyncio.create_task(leave(bench.agent(way), after=100))
-        await asyncio.sleep(0.5)
+        seen: list[str] = []
+        task = asyncio.create_task(leave(bench.agent(way), after=100, seen=seen))
+        await asyncio.to_thread(eventually, lambda: len(seen) >= WORDS)
+        await asyncio.sleep(0.3)  # the finish reason comes right behind the last word
         await stop(task)
 
     bench.run(program)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import openai
 from provider import Provider
+from upstream import Upstream
 
 from vluna_llm import Scope, Vluna, call_context
 from vluna_llm.sandbox import Sandbox
@@ -43,7 +44,7 @@ def shared_gate() -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="session")
 def _provider() -> Iterator[Provider]:
-    with Provider() as provider:
+    with Upstream() as provider:
         yield provider
 
 
@@ -102,6 +103,14 @@ def customer() -> str:
 def colour(request: pytest.FixtureRequest, provider: Provider) -> Colour:
     """Sync or async."""
     return Colour(request.param == "async", provider)
+
+
+@pytest.fixture(params=["sync", "async"])
+def claude(request: pytest.FixtureRequest, provider: Provider) -> Colour:
+    """Sync or async, of Anthropic's client."""
+    from claude import Claude  # where its SDK is installed
+
+    return Claude(request.param == "async", provider)
 
 
 @dataclass

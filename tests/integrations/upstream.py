@@ -37,7 +37,7 @@ class Upstream(Provider):
     ``output_tokens`` in ``message_delta``, as older models do; ``thinking`` puts thinking before the answer; ``busy``
     (529, then ok), ``limited`` (429 for ever); ``searched`` (a server tool was used). A request with tools is answered
     by a call of the first one until it brings a result; one with an output format by JSON. The model ``cautious``
-    refuses.
+    refuses, and streams nothing before.
     """
 
     def __init__(self) -> None:
@@ -153,16 +153,18 @@ class _UpstreamHandler(_Handler):
             )
             yield event("content_block_delta", index=0, delta={"type": "signature_delta", "signature": "c2ln"})
             yield event("content_block_stop", index=0)
-        yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        if body["model"] != "cautious":
+            yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
         yield event("ping")
-        for index in range(WORDS):
+        for index in range(0 if body["model"] == "cautious" else WORDS):
             if index == 2 and how == "error_event":
                 yield event("error", error={"type": "overloaded_error", "message": "overloaded"})
                 return
             if index != 2 or how not in ("error_event", "error_with_usage"):
                 yield from self._misbehave(index)
             yield event("content_block_delta", index=0, delta={"type": "text_delta", "text": f"word{index} "})
-        yield event("content_block_stop", index=0)
+        if body["model"] != "cautious":
+            yield event("content_block_stop", index=0)
         stop = "refusal" if body["model"] == "cautious" else "max_tokens" if how == "length" else "end_turn"
         delta: dict[str, Any] = {"delta": {"stop_reason": stop}}
         delta["delta"]["stop_sequence"] = None

@@ -104,10 +104,12 @@ def _take_over(twin: Any, client: Any) -> Any:
     adopt(twin, client)
     twin.__dict__.pop("_vluna_metering", None)
     for name, value in vars(client).items():
-        if getattr(value, "_client", None) is client and not isinstance(
-            lookup(type(twin), name), functools.cached_property
-        ):
-            twin.__dict__[name] = type(value)(twin)  # as the clients for Bedrock and Vertex AI make them
+        cached = isinstance(lookup(type(twin), name), functools.cached_property)
+        if getattr(value, "_client", None) is client:
+            if not cached:
+                twin.__dict__[name] = type(value)(twin)  # as the clients for Bedrock and Vertex AI make them
+        elif cached and getattr(value, "__self__", None) is not client:
+            twin.__dict__[name] = value  # a setting that the class would look up in the environment
     if "_middleware_chain" in vars(twin):
         twin._middleware_chain = twin._build_middleware_chain()
     return twin

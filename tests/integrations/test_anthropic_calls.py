@@ -6,6 +6,9 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
+import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -377,6 +380,25 @@ def test_threads_do_not_see_each_others_calls(
     for number in range(6):
         entries = shared_gate.booked(f"{customer}-{number}").entries
         assert [entry.quantity for entry in entries] == [120] * 10
+
+
+def test_the_snippet_of_the_readme_runs_as_it_stands(provider: Upstream, shared_gate: Any, tmp_path: Path) -> None:
+    """It charges the customer whom it names, and warns of nothing."""
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    (shown,) = [snippet for snippet in snippets if "anthropic.Anthropic()" in snippet]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLUNA_", "ANTHROPIC_"))}
+    settings = {"ANTHROPIC_BASE_URL": provider.anthropic_base, "ANTHROPIC_API_KEY": "k", "HOME": str(tmp_path)}
+    environment = {**kept, **shared_gate.env(), **settings, "XDG_STATE_HOME": str(tmp_path)}
+    before = shared_gate.booked("customer_123").charged_xusd
+    done = subprocess.run(
+        [sys.executable, "-c", shown], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    charged = shared_gate.booked("customer_123").charged_xusd - before
+    assert done.stdout.startswith("word0 word1")
+    assert done.stdout.endswith(f" {charged} XUSD charged for 120 tokens, 40 cached\n")
+    assert charged > 0
 
 
 def _of_usage_tests(name: str) -> ModuleType:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import anthropic
 
 from ._anthropic_call import AnthropicCall, origin_of, prepare
-from ._sdk_call import Call, in_flight
+from ._sdk_call import Call, flying, in_flight
 from ._sdk_metered import AsyncMetered, Metered, SyncMetered
 
 _HOP: Final = "_vluna_hop"
@@ -62,7 +62,8 @@ class SyncAnthropicMetered(_AnthropicMetered, _Sync):
             return super()._attempt_request(options, **rest)
         hop.operation = hop.begin()
         try:
-            sent = super()._attempt_request(options, **rest)
+            with flying(hop):
+                sent = super()._attempt_request(options, **rest)
         except BaseException as error:
             hop.failed(error)
             raise
@@ -80,7 +81,8 @@ class AsyncAnthropicMetered(_AnthropicMetered, _Async):
             return await super()._attempt_request(options, **rest)
         hop.operation = await hop.abegin()
         try:
-            sent = await super()._attempt_request(options, **rest)
+            with flying(hop):
+                sent = await super()._attempt_request(options, **rest)
         except BaseException as error:
             hop.failed(error)
             raise

@@ -6,7 +6,8 @@ its own is in a subclass of `Call`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 
@@ -152,6 +153,19 @@ def ending_of(facts: BodyFacts, *, whole: bool) -> Ending:
 
 in_flight: ContextVar[Call | None] = ContextVar("vluna_llm_sdk_call", default=None)
 """Ties the two methods of a client together; set by ``request`` and reset before it returns."""
+
+
+@contextmanager
+def flying(call: Call) -> Iterator[None]:
+    """Let what is sent inside belong to this call: a transport below does not meter it again."""
+    token = in_flight.set(call)
+    try:
+        yield
+    finally:
+        try:
+            in_flight.reset(token)
+        except ValueError:
+            pass  # closed from another task than it ran in, which never saw the call
 
 
 C = TypeVar("C", bound=Call)

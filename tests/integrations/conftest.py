@@ -7,6 +7,7 @@ iterates what has to be iterated. So sync and async are never copied by hand.
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import itertools
 import sys
@@ -162,6 +163,22 @@ async def entered(manager: Any) -> AsyncIterator[Any]:
     else:
         with manager as value:
             yield value
+
+
+async def gone() -> None:
+    """What was dropped is collected, and what its collection scheduled has run."""
+    for _ in range(3):
+        gc.collect()
+        await asyncio.sleep(0.01)
+
+
+async def cancelled(work: Callable[[], Any], after: float = 0.15) -> None:
+    """Run it in a task of its own, and cancel that after a moment."""
+    task = asyncio.create_task(work())
+    await asyncio.sleep(after)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 @dataclass

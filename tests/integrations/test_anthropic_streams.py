@@ -7,14 +7,14 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from claude import MESSAGE, STREAM, Claude, anthropic
-from conftest import Bill, MakeVluna, ask, each, entered
+from conftest import Bill, MakeVluna, ask, cancelled, each, entered, gone
 from upstream import Upstream
 
 from vluna_llm import Vluna, call_context
@@ -28,13 +28,6 @@ async def opened(client: Any, api: str = "messages", events: int = 0) -> Any:
     for _ in range(events):
         await ask(stream.__anext__() if hasattr(stream, "__anext__") else next(stream))
     return stream
-
-
-async def gone() -> None:
-    """What was dropped is collected, and what its collection scheduled has run."""
-    for _ in range(3):
-        gc.collect()
-        await asyncio.sleep(0.01)
 
 
 # -- left early --------------------------------------------------------------------------------------------------------
@@ -317,20 +310,12 @@ def test_a_fault_of_ours_does_not_reach_the_product(
 # -- async only: cancellation ------------------------------------------------------------------------------------------
 
 
-async def _cancel(work: Callable[[], Any], after: float = 0.15) -> None:
-    task = asyncio.create_task(work())
-    await asyncio.sleep(after)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
 async def while_reading(client: Any) -> None:
     async def work() -> None:
         async for _ in await opened(client):
             pass
 
-    await _cancel(work)
+    await cancelled(work)
 
 
 async def while_reading_in_with(client: Any) -> None:
@@ -339,7 +324,7 @@ async def while_reading_in_with(client: Any) -> None:
             async for _ in stream:
                 pass
 
-    await _cancel(work)
+    await cancelled(work)
 
 
 async def while_the_helper_reads(client: Any) -> None:
@@ -347,7 +332,7 @@ async def while_the_helper_reads(client: Any) -> None:
         async with client.messages.stream(**MESSAGE) as events:
             await events.until_done()
 
-    await _cancel(work)
+    await cancelled(work)
 
 
 async def in_the_consumer(client: Any) -> None:
@@ -355,7 +340,7 @@ async def in_the_consumer(client: Any) -> None:
         async for _ in await opened(client):
             await asyncio.sleep(10)
 
-    await _cancel(work)
+    await cancelled(work)
     await gone()
 
 
@@ -411,7 +396,23 @@ def test_cancelled_behind_the_stop_reason_is_charged(vluna: Vluna, provider: Ups
     """Anthropic has told the usage with the stop reason, so it is no estimate."""
     provider.behaviour = "hang_after_finish"
     claude = Claude(True, provider)
-    bill: Bill = billed(vluna, lambda: claude.run(while_reading_in_with, vluna.wrap(claude.bare())))
+
+    async def program(client: Any) -> None:
+        stopped = asyncio.Event()
+
+        async def work() -> None:
+            async with await opened(client) as stream:
+                async for event in stream:
+                    if event.type == "message_delta":
+                        stopped.set()
+
+        task = asyncio.create_task(work())
+        await asyncio.wait_for(stopped.wait(), 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    bill: Bill = billed(vluna, lambda: claude.run(program, vluna.wrap(claude.bare())))
     bill.booked_once()
 
 
@@ -421,7 +422,7 @@ def test_cancelled_before_the_headers_is_given_back(vluna: Vluna, provider: Upst
     claude = Claude(True, provider)
 
     async def program(client: Any) -> None:
-        await _cancel(lambda: opened(client))
+        await cancelled(lambda: opened(client))
 
     bill: Bill = billed(vluna, lambda: claude.run(program, vluna.wrap(claude.bare())))
     bill.cancelled_once()

@@ -52,7 +52,7 @@ def test_the_snippets_run_as_they_stand(tmp_path: Path) -> None:
     pytest.importorskip("openai")
     from vluna_llm.sandbox.replay import ReplayUpstream
 
-    first, ways, web = snippet("Vluna().wrap("), snippet("vluna.operation("), snippet("VlunaMiddleware")
+    first, ways, web = snippet("Vluna().wrap(openai"), snippet("vluna.operation("), snippet("VlunaMiddleware")
     assert SHOWN in first
     with Sandbox() as gate, ReplayUpstream() as provider:
         settings = {**gate.env(), "OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "none"}

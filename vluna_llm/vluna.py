@@ -85,7 +85,8 @@ class Vluna:
     def wrap(self, client: C) -> C:
         """The same client, metered: an instance of a subclass of its class. The original is left as it was.
 
-        Takes ``openai.OpenAI``, ``AsyncOpenAI``, their Azure variants and subclasses, or the module ``openai`` itself.
+        Takes ``openai.OpenAI``, ``AsyncOpenAI``, their Azure variants and subclasses, or the module ``openai`` itself;
+        ``anthropic.Anthropic``, ``AsyncAnthropic`` and that SDK's clients for other clouds.
         Wrapping a wrapped client meters once.
 
         Raises:
@@ -454,14 +455,18 @@ class Vluna:
     # -- plumbing --------------------------------------------------------------------------------------------------
 
     def _wrap(self, client: C, bound: CallContext | None) -> C:
-        # The one import that goes up: the facade is where users look for wrap(), the integrations know the clients.
+        # The imports that go up: the facade is where users look for wrap(), the integrations know the clients.
         homes = [client.__name__] if isinstance(client, ModuleType) else [k.__module__ for k in type(client).__mro__]
         modules = {home.partition(".")[0] for home in homes}
-        if "openai" not in modules:
+        if "openai" in modules:
+            integration = importlib.import_module("vluna_llm.integrations.openai")
+        elif "anthropic" in modules:
+            integration = importlib.import_module("vluna_llm.integrations.anthropic")
+        else:
             raise ConfigurationError(
-                f"Vluna.wrap does not know {type(client).__name__}; pass an openai client or the module openai."
+                f"Vluna.wrap does not know {type(client).__name__}; "
+                "pass an openai client, the module openai, or an anthropic client."
             )
-        integration = importlib.import_module("vluna_llm.integrations.openai")
         wrapped: C = integration.wrap_client(self, client, bound)
         return wrapped
 

@@ -7,6 +7,7 @@ iterates what has to be iterated. So sync and async are never copied by hand.
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import itertools
 import sys
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import openai
 from provider import Provider
+from upstream import Upstream
 
 from vluna_llm import Scope, Vluna, call_context
 from vluna_llm.sandbox import Sandbox
@@ -43,7 +45,7 @@ def shared_gate() -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="session")
 def _provider() -> Iterator[Provider]:
-    with Provider() as provider:
+    with Upstream() as provider:
         yield provider
 
 
@@ -104,6 +106,14 @@ def colour(request: pytest.FixtureRequest, provider: Provider) -> Colour:
     return Colour(request.param == "async", provider)
 
 
+@pytest.fixture(params=["sync", "async"])
+def claude(request: pytest.FixtureRequest, provider: Provider) -> Colour:
+    """Sync or async, of Anthropic's client."""
+    from claude import Claude  # where its SDK is installed
+
+    return Claude(request.param == "async", provider)
+
+
 @dataclass
 class Colour:
     """One of the two clients, and how to run a program with it."""
@@ -153,6 +163,22 @@ async def entered(manager: Any) -> AsyncIterator[Any]:
     else:
         with manager as value:
             yield value
+
+
+async def gone() -> None:
+    """What was dropped is collected, and what its collection scheduled has run."""
+    for _ in range(3):
+        gc.collect()
+        await asyncio.sleep(0.01)
+
+
+async def cancelled(work: Callable[[], Any], after: float = 0.15) -> None:
+    """Run it in a task of its own, and cancel that after a moment."""
+    task = asyncio.create_task(work())
+    await asyncio.sleep(after)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 @dataclass

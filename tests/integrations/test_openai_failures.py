@@ -204,7 +204,7 @@ def test_any_other_400_is_not_tried_again(colour: Colour, vluna: Vluna, provider
         "vluna_llm.integrations._openai_call.classify",
         "vluna_llm.integrations._openai_call.ask",
         "vluna_llm.integrations._openai_call.read_body",
-        "vluna_llm.integrations._openai_call.tap",
+        "vluna_llm.integrations._sdk_call.tap",
         "vluna_llm.tap.StreamReader.pass_through",
         "vluna_llm.tap.StreamReader.flush",
         "vluna_llm.tap.StreamReader.end",
@@ -227,7 +227,7 @@ def test_a_fault_of_ours_does_not_reach_the_product(
     """Whatever of ours raises, the product's call goes on as if we were not there (promise 1)."""
     vluna = make_vluna(settle="inline")
     monkeypatch.setattr("vluna_llm.tap.INLINE_SECONDS", 0.1)
-    monkeypatch.setattr("vluna_llm.integrations._openai_metered.INLINE_SECONDS", 0.1)
+    monkeypatch.setattr("vluna_llm.integrations._sdk_metered.INLINE_SECONDS", 0.1)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a fault of ours")

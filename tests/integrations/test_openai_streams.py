@@ -8,14 +8,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from conftest import Bill, Colour, MakeVluna, ask, each, entered, eventually, settled
+from conftest import Bill, Colour, MakeVluna, ask, cancelled, each, entered, eventually, gone, settled
 from provider import Provider
 
 from vluna_llm import Vluna, call_context
@@ -43,13 +43,6 @@ async def _take(stream: Any, count: int) -> None:
         await ask(stream.__anext__() if hasattr(stream, "__anext__") else next(stream))
 
 
-async def _gone() -> None:
-    """What was dropped is collected, and what its collection scheduled has run."""
-    for _ in range(3):
-        gc.collect()
-        await asyncio.sleep(0.01)
-
-
 # -- left early: one abort, nothing charged --------------------------------------------------------------------------
 
 
@@ -62,7 +55,7 @@ async def break_without_with(client: Any, api: str) -> None:
     stream = await _open(client, api)
     await _take(stream, 2)
     del stream
-    await _gone()
+    await gone()
 
 
 async def exception_in_the_loop(client: Any, api: str) -> None:
@@ -80,7 +73,7 @@ async def exception_without_with(client: Any, api: str) -> None:
 
     with suppress(_Consumer):
         await consume()
-    await _gone()
+    await gone()
 
 
 async def close_after_two(client: Any, api: str) -> None:
@@ -95,13 +88,13 @@ async def close_twice(client: Any, api: str) -> None:
     await ask(stream.close())
     await ask(stream.close())
     del stream
-    await _gone()
+    await gone()
 
 
 async def never_iterated_dropped(client: Any, api: str) -> None:
     stream = await _open(client, api)
     del stream
-    await _gone()
+    await gone()
 
 
 async def never_iterated_closed(client: Any, api: str) -> None:
@@ -114,7 +107,7 @@ async def raw_never_parsed_dropped(client: Any, api: str) -> None:
     else:
         raw = await ask(client.responses.with_raw_response.create(**RESPONSE))
     del raw
-    await _gone()
+    await gone()
 
 
 async def parsed_stream_dropped_response_kept(client: Any, api: str) -> None:
@@ -124,10 +117,10 @@ async def parsed_stream_dropped_response_kept(client: Any, api: str) -> None:
     await _take(stream, 2)
     response = raw.http_response
     del raw, stream
-    await _gone()
+    await gone()
     assert response.headers  # 2.0 leaves it open; later ones have closed it by now
     del response
-    await _gone()
+    await gone()
 
 
 async def streaming_response_lines_broken_off(client: Any, api: str) -> None:
@@ -277,7 +270,7 @@ def test_a_finished_answer_that_is_forgotten_is_estimated(
         stream = await _open(client)
         await _take(stream, 14)
         del stream
-        await _gone()
+        await gone()
 
     bill: Bill = billed(vluna, lambda: colour.run(program, vluna.wrap(colour.bare())))
     bill.booked_an_estimate()
@@ -422,7 +415,7 @@ def test_a_stream_that_breaks_is_cancelled_and_raises_as_without_us(
             seen.append((count, None))
         except Exception as error:
             seen.append((count, type(error), type(error.__cause__)))
-        await _gone()  # some versions of the SDK leave the stream open behind an error event
+        await gone()  # some versions of the SDK leave the stream open behind an error event
 
     colour.run(program, colour.bare())
     bill: Bill = billed(vluna, lambda: colour.run(program, vluna.wrap(colour.bare())))
@@ -475,20 +468,12 @@ def test_a_read_timeout_is_cancelled_and_raises_as_without_us(
 # -- async only: cancellation -----------------------------------------------------------------------------------------
 
 
-async def _cancel(work: Callable[[], Any], after: float = 0.15) -> None:
-    task = asyncio.create_task(work())
-    await asyncio.sleep(after)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
 async def cancelled_while_reading(client: Any) -> None:
     async def work() -> None:
         async for _ in await _open(client):
             pass
 
-    await _cancel(work)
+    await cancelled(work)
 
 
 async def cancelled_while_reading_in_with(client: Any) -> None:
@@ -497,7 +482,7 @@ async def cancelled_while_reading_in_with(client: Any) -> None:
             async for _ in stream:
                 pass
 
-    await _cancel(work)
+    await cancelled(work)
 
 
 async def cancelled_in_the_consumer(client: Any) -> None:
@@ -505,8 +490,8 @@ async def cancelled_in_the_consumer(client: Any) -> None:
         async for _ in await _open(client):
             await asyncio.sleep(10)
 
-    await _cancel(work)
-    await _gone()
+    await cancelled(work)
+    await gone()
 
 
 async def cancelled_in_the_consumer_in_with(client: Any) -> None:
@@ -515,7 +500,7 @@ async def cancelled_in_the_consumer_in_with(client: Any) -> None:
             async for _ in stream:
                 await asyncio.sleep(10)
 
-    await _cancel(work)
+    await cancelled(work)
 
 
 async def moved_on_by_anyio(client: Any) -> None:
@@ -530,7 +515,7 @@ async def moved_on_by_anyio(client: Any) -> None:
 async def broken_off_without_with(client: Any) -> None:
     async for _ in await _open(client):
         break
-    await _gone()
+    await gone()
 
 
 async def left_to_the_end_of_the_loop(client: Any) -> None:
@@ -546,7 +531,7 @@ async def generator_of_the_product_dropped(client: Any) -> None:
 
     async for _ in product():
         break
-    await _gone()
+    await gone()
 
 
 CANCELLED = [
@@ -591,7 +576,7 @@ def test_a_call_cancelled_before_the_headers_is_given_back(vluna: Vluna, provide
     colour = Colour(True, provider)
 
     async def program(client: Any) -> None:
-        await _cancel(lambda: _open(client))
+        await cancelled(lambda: _open(client))
 
     bill: Bill = billed(vluna, lambda: colour.run(program, vluna.wrap(colour.bare())))
     bill.cancelled_once()

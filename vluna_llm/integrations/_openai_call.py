@@ -1,46 +1,34 @@
-"""One logical call of an OpenAI client between its request and its answer; the same for both colours, without I/O."""
+"""One logical call of an OpenAI client: what is its own about it, from the request to the answer."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from ..ending import Ending
-from ..errors import VlunaError
 from ..lifecycle import ModelCall, Operation
-from ..tap import Sink, tap
+from ..tap import Sink
 from ..usage import StreamReader, TokenUsage, read_body
-from ._openai_endpoints import body_of, classify, provider_of
+from ._openai_endpoints import Endpoint, body_of, classify, provider_of
 from ._openai_usage_option import KINDS, REFUSERS, ask, is_asked, is_refusal
+from ._sdk_call import Call, ending_of, prepare_call, raw_mode
 
 if TYPE_CHECKING:
     from ..context import CallContext
     from ..vluna import Vluna
 
-RAW_RESPONSE_HEADER: Final = "X-Stainless-Raw-Response"
 _WORKING: Final = frozenset({"queued", "in_progress"})
 _ENDED: Final = frozenset({"completed", "incomplete", "failed", "cancelled"})
 
 
-class Call:
-    """What is known of a call under way. ``operation`` is None until it was admitted."""
+class OpenAICall(Call):
+    """A call of an OpenAI client under way."""
 
-    __slots__ = (
-        "answered",
-        "asks_usage",
-        "background",
-        "base_url",
-        "bound",
-        "model_call",
-        "operation",
-        "pending",
-        "retrieve",
-        "url",
-        "vluna",
-    )
+    __slots__ = ("asks_usage", "background", "base_url", "retrieve")
+
+    sdk = "openai"
 
     def __init__(
         self,
@@ -54,39 +42,16 @@ class Call:
         background: bool = False,
         asks_usage: bool = False,
     ) -> None:
-        self.vluna = vluna
-        self.bound = bound
-        self.model_call = model_call
-        self.url = url
+        super().__init__(vluna, bound, model_call, url)
         self.base_url = base_url
         self.retrieve = retrieve
         self.background = background
         self.asks_usage = asks_usage
-        self.operation: Operation | None = None
-        self.pending: Any = None  # an authorize under way (authorize="overlap")
-        self.answered: Literal["no", "whole", "open"] = "no"
 
-    # -- admission ---------------------------------------------------------------------------------------------------
-
-    def begin(self) -> Operation | None:
-        """Ask the gate; None where the call is not metered. Only refusals are raised."""
-        try:
-            return self.vluna.begin(self.model_call, self.bound)
-        except VlunaError:
-            raise
-        except Exception:
-            self.vluna.internal_error("openai.begin")
-            return None
-
-    async def abegin(self) -> Operation | None:
-        """`begin` for coroutines."""
-        try:
-            return await self.vluna.abegin(self.model_call, self.bound)
-        except VlunaError:
-            raise
-        except Exception:
-            self.vluna.internal_error("openai.begin")
-            return None
+    @property
+    def is_gated(self) -> bool:
+        """Whether the gate is asked before this call."""
+        return not self.retrieve
 
     # -- the request -------------------------------------------------------------------------------------------------
 
@@ -122,41 +87,7 @@ class Call:
         """The call went through without the option: this upstream is not asked again."""
         REFUSERS.add(self.base_url)
 
-    def failed(self, error: BaseException) -> None:
-        """The call raised. After an answer that changes nothing: what was spent was spent (design rule 4)."""
-        if self.answered == "no" and self.operation is not None:
-            self.operation.fail(error)
-
     # -- the answer --------------------------------------------------------------------------------------------------
-
-    def answer(self, response: Any, *, is_async: bool) -> None:
-        """The final 2xx: read the usage of a whole body, or watch an open one. Never raises."""
-        if self.answered != "no":
-            return
-        try:
-            if response.is_closed:
-                self.answered = "whole"
-                self._whole(response)
-            else:
-                self.answered = "open"
-                tap(
-                    response,
-                    self._sink(),
-                    url=self.url,
-                    hide_usage_chunk=self.asks_usage,
-                    report=self.vluna.internal_error,
-                    is_async=is_async,
-                    reader=BackgroundReader(self.url, response.headers.get("content-type")) if self.retrieve else None,
-                )
-        except Exception:
-            self.vluna.internal_error("openai.answer")
-            if self.operation is not None:
-                self.operation.fail()
-
-    @property
-    def waits(self) -> bool:
-        """Whether the caller waits for the receipt before getting the answer."""
-        return self.answered == "whole" and self.operation is not None and self.operation.settle_inline
 
     def _sink(self) -> Sink:
         if self.retrieve:
@@ -164,6 +95,12 @@ class Call:
         if self.operation is None:
             return _Nobody()
         return _Parked(self, self.operation) if self.background else self.operation
+
+    def _hides_usage(self) -> bool:
+        return self.asks_usage
+
+    def _reader(self, response: Any) -> StreamReader | None:
+        return BackgroundReader(self.url, response.headers.get("content-type")) if self.retrieve else None
 
     def _whole(self, response: Any) -> None:
         body = response.content
@@ -188,17 +125,7 @@ class Call:
             self.model_call.kind == "audio" and plain.startswith("text/") and plain != "text/html"
         )
         sink = _Parked(self, operation) if self.background else operation
-        sink.finish(
-            Ending(
-                how="complete" if whole else "error",
-                usage=facts.usage,
-                finished=whole,
-                finish_reason_seen=facts.finish_reason_seen,
-                failed=facts.failed or not whole,
-                response_id=facts.response_id,
-                model=facts.model,
-            )
-        )
+        sink.finish(ending_of(facts, whole=whole))
 
     def book(self, response_id: str | None, usage: TokenUsage, model: str | None) -> None:
         """The usage of a background response is known: it is booked under its own id, however often it is seen."""
@@ -208,10 +135,6 @@ class Call:
         if not call.model and model:
             call = ModelCall(call.kind, call.provider, model, None, call.stream)
         self.vluna.book_background(response_id, usage, call, self.bound)
-
-
-in_flight: ContextVar[Call | None] = ContextVar("vluna_llm_openai_call", default=None)
-"""Ties the two methods of a client together; set by ``request`` and reset before it returns."""
 
 
 class _Nobody:
@@ -241,7 +164,7 @@ class _Nobody:
 class _Retrieved(_Nobody):
     """The answer of a retrieve: a background response is booked when its end is seen."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: OpenAICall) -> None:
         self._call = call
 
     def finish(self, ending: Ending) -> None:
@@ -253,7 +176,7 @@ class _Retrieved(_Nobody):
 class _Parked(_Nobody):
     """A response created with ``background=True``: leaving it does not end it, and its usage is booked by its id."""
 
-    def __init__(self, call: Call, operation: Operation) -> None:
+    def __init__(self, call: OpenAICall, operation: Operation) -> None:
         self._call = call
         self._operation = operation
         self.settle_inline = False  # type: ignore[misc]
@@ -327,33 +250,23 @@ def _says_background(body: bytes) -> bool:
 
 def prepare(
     vluna: Vluna, bound: CallContext | None, client: Any, options: Any, stream: bool, *, flavour: str
-) -> Call | None:
+) -> OpenAICall | None:
     """What has to be done about this request; None where nothing has.
 
     Raises:
         ConfigurationError: the endpoint costs money, is not metered, and the setting ``on_unmetered`` is ``deny``.
     """
-    try:
-        if vluna.mode == "off":
-            return None
+
+    def find() -> OpenAICall | Endpoint:
         body = body_of(options.json_data, options.extra_json, getattr(options, "content", None))
         endpoint = classify(options.method, options.url, body)
-        if endpoint.role == "free":
-            return None
-        if endpoint.role != "unmetered":
-            return _metered(
-                vluna, bound, client, options, stream, body or {}, endpoint.role == "retrieve", endpoint.kind, flavour
-            )
-    except Exception:
-        vluna.internal_error("openai.prepare")
-        return None
-    try:
-        vluna.unmetered(f"openai.{endpoint.kind}", bound)
-    except VlunaError:
-        raise
-    except Exception:
-        vluna.internal_error("openai.unmetered")
-    return None
+        if endpoint.role in ("free", "unmetered"):
+            return endpoint
+        return _metered(
+            vluna, bound, client, options, stream, body or {}, endpoint.role == "retrieve", endpoint.kind, flavour
+        )
+
+    return prepare_call(vluna, bound, "openai", find)
 
 
 def _metered(
@@ -366,7 +279,7 @@ def _metered(
     retrieve: bool,
     kind: str,
     flavour: str,
-) -> Call:
+) -> OpenAICall:
     base_url = str(client.base_url)
     model = body.get("model") or getattr(client, "_azure_deployment", None)
     streams = stream or body.get("stream") is True
@@ -377,8 +290,8 @@ def _metered(
         body=body,
         stream=streams,
     )
-    stays_open = stream or _raw_mode(options) == "stream"
-    return Call(
+    stays_open = stream or raw_mode(options) == "stream"
+    return OpenAICall(
         vluna,
         bound,
         model_call,
@@ -395,11 +308,3 @@ def _metered(
             and base_url not in REFUSERS
         ),
     )
-
-
-def _raw_mode(options: Any) -> str | None:
-    headers = options.headers
-    if not isinstance(headers, Mapping):
-        return None
-    value = headers.get(RAW_RESPONSE_HEADER)
-    return value if isinstance(value, str) else None

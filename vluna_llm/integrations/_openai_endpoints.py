@@ -102,14 +102,14 @@ def response_id_of(url: str) -> str | None:
     return match.group(1) if match else None
 
 
-def provider_of(host: str, flavour: str = "") -> str:
-    """The first part of the feature code: the client's flavour, else a host that is known, else ``openai``."""
+def provider_of(host: str, flavour: str = "", default: str = "openai") -> str:
+    """The first part of the feature code: the client's flavour, else a host that is known, else ``default``."""
     if flavour:
         return flavour
     for pattern, name in _HOSTS:
         if pattern.search(host):
             return name
-    return "openai"
+    return default
 
 
 def body_of(json_data: object, extra_json: object, content: object = None) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..context import CallContext
@@ -30,7 +30,9 @@ except ImportError as error:
         "vluna_llm.integrations.openai needs the OpenAI SDK: pip install 'vluna-llm[openai]'", name="openai"
     ) from error
 
-from ._openai_metered import AsyncMetered, Metering, SyncMetered
+from ._openai_metered import AsyncOpenAIMetered, SyncOpenAIMetered
+from ._sdk_clients import clone, drop_in_metering, lookup, make_metered_class, meter_client, with_vluna
+from ._sdk_metered import Metered
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -68,41 +70,24 @@ def wrap_client(vluna: Vluna, client: T, bound: CallContext | None = None) -> T:
         raise ConfigurationError(
             f"vluna.wrap takes an OpenAI client (or the module openai), not {type(client).__name__!r}."
         )
-    current: Metering | None = getattr(client, "_vluna_metering", None)
-    if current is None:
-        metered = _clone(client, _metered_class(type(client), vluna))
-        metered._vluna_metering = Metering(vluna, bound)
-        return cast(T, metered)
-    if current.vluna is vluna and bound is None:
-        return client
-    merged = bound if current.bound is None or bound is None else current.bound.override(bound)
-    metered = _clone(client, type(client))
-    metered._vluna_metering = Metering(vluna, merged if merged is not None else current.bound)
-    return cast(T, metered)
+    return cast(T, meter_client(vluna, client, bound, _metered_class, clone))
 
 
 def _metered_class(base: type[Any], vluna: Vluna) -> type[Any]:
-    """The metered subclass of ``base``: named as it is, found again through it, and freed when nobody uses it."""
-    for known in base.__subclasses__():
-        metering = known.__dict__.get("_vluna_metering")
-        if known.__dict__.get("_vluna_base") is base and metering is not None and metering.vluna is vluna:
-            return known
-    mixin = SyncMetered if issubclass(base, SyncAPIClient) else AsyncMetered
-    namespace: dict[str, Any] = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "_vluna_base": base,
-        "_vluna_metering": Metering(vluna),  # for type(client)(...): never silently unmetered
-    }
+    mixin: type[Metered] = SyncOpenAIMetered if issubclass(base, SyncAPIClient) else AsyncOpenAIMetered
+    return make_metered_class(base, vluna, mixin, _members)
+
+
+def _members(base: type[Any]) -> Mapping[str, Any]:
+    """What a metered class has besides the two methods: copies that are metered, and WebSockets that are announced."""
+    namespace: dict[str, Any] = {}
     for name in ("copy", "with_options"):
         if callable(method := getattr(base, name, None)):
             namespace[name] = _carrying(method)
     for name in ("realtime", "responses", "live"):
-        if isinstance(prop := _lookup(base, name), functools.cached_property):
+        if isinstance(prop := lookup(base, name), functools.cached_property):
             namespace[name] = _announcing(prop, f"openai.{name}.connect")
-    kind: type[Any] = types.new_class(base.__name__, (mixin, base), {}, lambda body: body.update(namespace))
-    return kind
+    return namespace
 
 
 def _carrying(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,7 +97,7 @@ def _carrying(method: Callable[..., Any]) -> Callable[..., Any]:
     def copy(self: Any, *args: Any, **kwargs: Any) -> Any:
         copied = method(self, *args, **kwargs)
         metering = self._vluna_metering
-        if isinstance(copied, (SyncMetered, AsyncMetered)):
+        if isinstance(copied, Metered):
             copied._vluna_metering = metering
             return copied
         return wrap_client(metering.vluna, copied, metering.bound)  # a class of the user's own that names itself
@@ -143,30 +128,6 @@ def _announcing(prop: functools.cached_property[Any], what: str) -> functools.ca
     return functools.cached_property(build)
 
 
-def _lookup(kind: type[Any], name: str) -> Any:
-    return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
-
-
-def _clone(client: Any, kind: type[Any]) -> Any:
-    """A shallow twin of another class, without what is bound to the original: resources, and methods set on it.
-
-    Not ``client.copy()``: that calls the constructor of the client's class, which a subclass may have given arguments
-    that only its author knows, and forgets what was set later.
-    """
-    twin = object.__new__(kind)
-    for name, value in vars(client).items():
-        resource = isinstance(_lookup(kind, name), functools.cached_property)
-        if resource or getattr(value, "__self__", None) is client or getattr(value, "_client", None) is client:
-            continue
-        twin.__dict__[name] = value
-    for base in kind.__mro__:
-        slots = vars(base).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(client, name):
-                setattr(twin, name, getattr(client, name))
-    return twin
-
-
 def _wrap_module(vluna: Vluna) -> None:
     """Meter the module-level client: the classes that ``openai`` makes it from, and the one it has made already."""
     module: types.ModuleType = openai
@@ -182,33 +143,19 @@ def _wrap_module(vluna: Vluna) -> None:
 # -- drop-in classes ---------------------------------------------------------------------------------------------------
 
 
-def _drop_in_metering(vluna: Vluna | None) -> Metering:
-    if vluna is None:
-        from ..vluna import Vluna
-
-        vluna = Vluna.default()
-    return Metering(vluna)
-
-
-def _with_vluna(self: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of ``copy`` that hand our constructor argument on."""
-    extra = {**options.pop("_extra_kwargs", {}), "vluna": self._vluna_metering.vluna}
-    return {**options, "_extra_kwargs": extra}
-
-
 def _drop_in(kind: type[T]) -> type[T]:
     """Give a drop-in class its ``copy`` and ``with_options``, and announce its WebSockets."""
-    base: Any = kind.__mro__[2]
+    base: Any = kind.__bases__[1]
 
     @functools.wraps(base.copy)
     def copy(self: Any, **options: Any) -> Any:
-        copied = base.copy(self, **_with_vluna(self, options))
+        copied = base.copy(self, **with_vluna(self, options))
         copied._vluna_metering = self._vluna_metering
         return copied
 
     namespace: dict[str, Any] = {"copy": copy, "with_options": copy}
     for name in ("realtime", "responses", "live"):
-        if isinstance(prop := _lookup(base, name), functools.cached_property):
+        if isinstance(prop := lookup(base, name), functools.cached_property):
             announced = _announcing(prop, f"openai.{name}.connect")
             announced.__set_name__(kind, name)
             namespace[name] = announced
@@ -218,36 +165,36 @@ def _drop_in(kind: type[T]) -> type[T]:
 
 
 @_drop_in
-class OpenAI(SyncMetered, openai.OpenAI):
+class OpenAI(SyncOpenAIMetered, openai.OpenAI):
     """`openai.OpenAI`, metered by ``vluna``, or by `Vluna.default()` whose settings come from the environment."""
 
     def __init__(self, *args: Any, vluna: Vluna | None = None, **options: Any) -> None:
-        self._vluna_metering = _drop_in_metering(vluna)
+        self._vluna_metering = drop_in_metering(vluna)
         super().__init__(*args, **options)
 
 
 @_drop_in
-class AsyncOpenAI(AsyncMetered, openai.AsyncOpenAI):
+class AsyncOpenAI(AsyncOpenAIMetered, openai.AsyncOpenAI):
     """`openai.AsyncOpenAI`, metered by ``vluna``, or by `Vluna.default()` whose settings come from the environment."""
 
     def __init__(self, *args: Any, vluna: Vluna | None = None, **options: Any) -> None:
-        self._vluna_metering = _drop_in_metering(vluna)
+        self._vluna_metering = drop_in_metering(vluna)
         super().__init__(*args, **options)
 
 
 @_drop_in
-class AzureOpenAI(SyncMetered, openai.AzureOpenAI):
+class AzureOpenAI(SyncOpenAIMetered, openai.AzureOpenAI):
     """`openai.AzureOpenAI`, metered by ``vluna``, or by `Vluna.default()` whose settings come from the environment."""
 
     def __init__(self, *args: Any, vluna: Vluna | None = None, **options: Any) -> None:
-        self._vluna_metering = _drop_in_metering(vluna)
+        self._vluna_metering = drop_in_metering(vluna)
         super().__init__(*args, **options)
 
 
 @_drop_in
-class AsyncAzureOpenAI(AsyncMetered, openai.AsyncAzureOpenAI):
+class AsyncAzureOpenAI(AsyncOpenAIMetered, openai.AsyncAzureOpenAI):
     """`openai.AsyncAzureOpenAI`, metered by ``vluna``, or by `Vluna.default()` (settings from the environment)."""
 
     def __init__(self, *args: Any, vluna: Vluna | None = None, **options: Any) -> None:
-        self._vluna_metering = _drop_in_metering(vluna)
+        self._vluna_metering = drop_in_metering(vluna)
         super().__init__(*args, **options)

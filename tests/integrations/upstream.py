@@ -1,4 +1,4 @@
-"""The provider at the edge of LiteLLM's tests: all that `provider.Provider` speaks, Anthropic's Messages, and replay.
+"""The provider at the edge of the tests: all that `provider.Provider` speaks, Anthropic's Messages, and replay.
 
 Anthropic's numbers are those of the other APIs in other words: 100 tokens read, of which 40 came from the cache and 24
 were put into it, and 20 written, so that every test counts with the same 120.
@@ -9,13 +9,10 @@ number of them may be under way at once.
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "integrations"))
 
 from provider import CACHED, INPUT, OUTPUT, WORDS, Provider, _Cut, _data, _Handler
 
@@ -37,7 +34,10 @@ class Upstream(Provider):
     """The server; ``behaviour`` is as `provider.Provider` has it, for Anthropic's Messages, too.
 
     ``no_usage`` leaves usage out of Anthropic's answers, which the real one never does; ``old_delta`` has only
-    ``output_tokens`` in ``message_delta``, as older models do; ``thinking`` puts thinking before the answer.
+    ``output_tokens`` in ``message_delta``, as older models do; ``thinking`` puts thinking before the answer; ``busy``
+    (529, then ok), ``limited`` (429 for ever); ``searched`` (a server tool was used). A request with tools is answered
+    by a call of the first one until it brings a result; one with an output format by JSON. The model ``cautious``
+    refuses, and streams nothing before.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Upstream(Provider):
 
     @property
     def anthropic_base(self) -> str:
-        """What LiteLLM is given as ``api_base`` for Anthropic."""
+        """What a client is given as the address of Anthropic."""
         return f"{self.host}/anthropic"
 
     def replay(self, key: str, answer: Recorded) -> str:
@@ -63,11 +63,18 @@ class _UpstreamHandler(_Handler):
         if path.startswith("/recorded/"):
             return self._replay(self.owner.recorded[path.split("/")[2]])
         if path.startswith("/anthropic/") and not path.endswith("/messages"):
+            known = _others(path)
+            if known is not None:
+                return self._json(known)
             return self._json({"type": "error", "error": {"type": "not_found_error", "message": "no such path"}}, 404)
         how = self.owner.behaviour
         if path.startswith("/anthropic/") and how not in ("silent", "html", "broken"):
             if how == "down" or (how == "flaky" and not self._flaked()):
                 return self._anthropic_error(500, "api_error")
+            if how == "busy" and not self._flaked():
+                return self._anthropic_error(529, "overloaded_error")
+            if how == "limited":
+                return self._anthropic_error(429, "rate_limit_error")
             if how == "bad":
                 return self._anthropic_error(400, "invalid_request_error")
             return self._messages(body)
@@ -86,7 +93,9 @@ class _UpstreamHandler(_Handler):
         self._json({"type": "error", "error": {"type": kind, "message": "as told"}}, status)
 
     def _usage(self, output: int) -> dict[str, Any]:
+        searched = {"server_tool_use": {"web_search_requests": 1}} if self.owner.behaviour == "searched" else {}
         return {
+            **searched,
             "input_tokens": FRESH,
             "cache_read_input_tokens": CACHED,
             "cache_creation_input_tokens": WRITTEN,
@@ -100,6 +109,12 @@ class _UpstreamHandler(_Handler):
             return self._events(self._message_events(body))
         answer = self._message(body, "end_turn")
         answer["content"] = [{"type": "text", "text": "hello world"}]
+        if call := _tool_call(body):
+            answer |= {"content": [call], "stop_reason": "tool_use"}
+        elif "output_config" in body or "output_format" in body:
+            answer["content"] = [{"type": "text", "text": '{"answer": 42}'}]
+        if body["model"] == "cautious":
+            answer["stop_reason"] = "refusal"
         if self.owner.behaviour == "thinking":
             answer["content"].insert(0, {"type": "thinking", "thinking": "what could they mean?", "signature": "c2ln"})
         if self.owner.behaviour == "length":
@@ -138,17 +153,20 @@ class _UpstreamHandler(_Handler):
             )
             yield event("content_block_delta", index=0, delta={"type": "signature_delta", "signature": "c2ln"})
             yield event("content_block_stop", index=0)
-        yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        if body["model"] != "cautious":
+            yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
         yield event("ping")
-        for index in range(WORDS):
+        for index in range(0 if body["model"] == "cautious" else WORDS):
             if index == 2 and how == "error_event":
                 yield event("error", error={"type": "overloaded_error", "message": "overloaded"})
                 return
             if index != 2 or how not in ("error_event", "error_with_usage"):
                 yield from self._misbehave(index)
             yield event("content_block_delta", index=0, delta={"type": "text_delta", "text": f"word{index} "})
-        yield event("content_block_stop", index=0)
-        delta: dict[str, Any] = {"delta": {"stop_reason": "max_tokens" if how == "length" else "end_turn"}}
+        if body["model"] != "cautious":
+            yield event("content_block_stop", index=0)
+        stop = "refusal" if body["model"] == "cautious" else "max_tokens" if how == "length" else "end_turn"
+        delta: dict[str, Any] = {"delta": {"stop_reason": stop}}
         delta["delta"]["stop_sequence"] = None
         if how == "old_delta":
             delta["usage"] = {"output_tokens": OUTPUT}
@@ -159,3 +177,30 @@ class _UpstreamHandler(_Handler):
             self.owner.released.wait(20)
             raise _Cut
         yield event("message_stop")
+
+
+def _tool_call(body: dict[str, Any]) -> dict[str, Any] | None:
+    """A call of the first tool, until a result of it has come."""
+    own = [tool for tool in body.get("tools") or () if "input_schema" in tool]
+    if not own or "tool_result" in json.dumps(body["messages"][-1]):
+        return None
+    return {"type": "tool_use", "id": "toolu_1", "name": own[0]["name"], "input": {}}
+
+
+def _others(path: str) -> dict[str, Any] | None:
+    """What is answered at Anthropic's other addresses; None for one that nobody knows."""
+    return {
+        "/anthropic/v1/messages/count_tokens": {"input_tokens": 100},
+        "/anthropic/v1/messages/batches": {"id": "msgbatch_1", "type": "message_batch", "processing_status": "ended"},
+        "/anthropic/v1/models": {"data": [], "has_more": False, "first_id": None, "last_id": None},
+        "/anthropic/v1/files": {"data": [], "has_more": False, "first_id": None, "last_id": None},
+        "/anthropic/v1/agents": {"id": "agent_1", "type": "agent"},
+        "/anthropic/v1/sessions": {"id": "sesn_1", "type": "session"},
+        "/anthropic/v1/complete": {
+            "id": "compl_1",
+            "type": "completion",
+            "completion": " hello",
+            "stop_reason": "stop_sequence",
+            "model": "claude-2.1",
+        },
+    }.get(path)

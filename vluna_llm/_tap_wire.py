@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import socket
 import threading
@@ -68,11 +69,41 @@ class Wire:
     the client's own time-out holds.
     """
 
-    __slots__ = ("_stream", "_timeouts")
+    __slots__ = ("_is_ours_alone", "_stream", "_timeouts")
 
     def __init__(self, response: Any) -> None:
         self._stream = response.extensions.get("network_stream")
         self._timeouts = response.request.extensions.get("timeout")
+        self._is_ours_alone = response.extensions.get("http_version") == b"HTTP/1.1"
+
+    @property
+    def is_open_to_us(self) -> bool:
+        """Whether the connection is known: it is httpcore's."""
+        return self._stream is not None
+
+    @contextmanager
+    def without_waiting(self) -> Generator[bool, None, None]:
+        """Reads give what has arrived, or fail at once; False where the connection cannot be asked for that.
+
+        In the async colour only what httpcore has taken from the socket already.
+        """
+        stream = self._stream
+        if not self._is_ours_alone or not callable(getattr(stream, "read", None)):
+            yield False
+            return
+        read = stream.read
+
+        def read_now(max_bytes: int, timeout: float | None = None) -> Any:
+            return read(max_bytes, 0)
+
+        async def read_nothing(max_bytes: int, timeout: float | None = None) -> bytes:
+            raise OSError("nothing is waited for")
+
+        stream.read = read_nothing if inspect.iscoroutinefunction(read) else read_now
+        try:
+            yield True
+        finally:
+            del stream.read
 
     @contextmanager
     def cut_after(self, seconds: float) -> Generator[None, None, None]:

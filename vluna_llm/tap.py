@@ -21,13 +21,16 @@ import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ._tap_watch import REST_CHUNKS, Sink, Watch, collecting, watch_collector
+from ._tap_watch import REST_CHUNKS, REST_SECONDS, Sink, Watch, collecting, watch_collector
 from ._tap_wire import Decoder, Wire, http_module
 from .usage.stream import StreamReader
 
-__all__ = ["INLINE_SECONDS", "Sink", "tap"]
+if TYPE_CHECKING:
+    import anyio
+
+__all__ = ["INLINE_SECONDS", "Sink", "arelease", "release", "tap"]
 
 INLINE_SECONDS = 5.0
 """How long ``settle="inline"`` waits for the receipt, in seconds: the receipt is never worth more than the answer."""
@@ -70,6 +73,46 @@ def tap(
         decoder.take_over(response)
     kind = _stream_class(http_module(response), is_async)
     response.stream = kind(response.stream, watch, decoder, rewrite=rewrite, wire=Wire(response))
+
+
+def release(response: Any) -> None:
+    """Give the connection back: the consumer has the whole answer and reads no more. Waits for nothing.
+
+    What has arrived by now is read, so that the connection can serve again; where bytes are still to come it is closed.
+    """
+    stream = _tapped(response)
+    if stream is not None:
+        stream.read_out()
+        response.close()
+
+
+async def arelease(response: Any) -> None:
+    """As `release`; a connection that a transport of somebody's own gives back by itself has time to do so."""
+    stream = _tapped(response)
+    if stream is None:
+        return
+    if stream.is_on_httpcore or stream.settles_inline:
+        await stream.read_out()
+        await response.aclose()
+    else:
+        with suppress(RuntimeError):  # another event loop than asyncio's
+            asyncio.get_running_loop().call_later(REST_SECONDS, _close_late, weakref.ref(response))
+
+
+def _tapped(response: Any) -> Any:
+    stream = getattr(response, "__dict__", {}).get("stream")
+    return stream if isinstance(stream, _Tap) and not response.is_closed else None
+
+
+def _close_late(reference: weakref.ref[Any]) -> None:
+    response = reference()
+    if response is not None and not response.is_closed:
+        _keep(asyncio.get_running_loop().create_task(_close_quietly(response), name="vluna-release"))
+
+
+async def _close_quietly(response: Any) -> None:
+    with suppress(Exception):
+        await response.aclose()
 
 
 class _Tap:
@@ -122,6 +165,20 @@ class _Tap:
         seconds = self._watch.wants_rest()
         return seconds, REST_CHUNKS if self._watch.streams else _MANY
 
+    @property
+    def is_on_httpcore(self) -> bool:
+        """Whether the connection is one of httpcore's, which is given back when its response is closed."""
+        return self._wire.is_open_to_us
+
+    @property
+    def settles_inline(self) -> bool:
+        """Whether the consumer waits for the receipt."""
+        return self._watch.sink.settle_inline
+
+    def _is_needed(self) -> bool:
+        """Whether the source is still read, or may be, after the consumer's reading was dropped: for a drain."""
+        return self._handed_over or self._wants_drain()
+
     def _wants_drain(self) -> bool:
         watch = self._watch
         if watch.told or watch.cancelled or watch.rest_is_known() or sys.is_finalizing():
@@ -152,11 +209,40 @@ class _SyncTap(_Tap):
             if tail := _tail(watch, self._decoder, self._rewrite):
                 yield tail
         except GeneratorExit:
+            self._dropped()
             raise
         except BaseException as error:
             watch.broke(error)
             raise
         watch.end_of_bytes()
+
+    def _dropped(self) -> None:
+        """The consumer's reading was dropped, which nobody can take up again: so is the source, as it is without us.
+
+        With it httpcore lets go of the connection. What the rest is worth is had before.
+        """
+        watch = self._watch
+        try:
+            if not watch.told and not collecting():
+                if self._is_needed():
+                    return
+                self._before_leaving()
+                watch.settle("closed")
+        except Exception:
+            watch.report("tap.dropped")
+        self._source = None
+
+    def read_out(self) -> None:
+        """Read what has arrived of an answer whose end is known, and let nobody read the connection after that."""
+        source = self._source
+        if source is None:
+            return
+        with suppress(Exception):
+            with self._wire.without_waiting() as is_possible:
+                for _ in range(REST_CHUNKS if is_possible else 0):
+                    if next(source, None) is None:
+                        break
+            source.close()
 
     def close(self) -> None:
         watch = self._watch
@@ -215,6 +301,8 @@ class _SyncTap(_Tap):
 
 
 class _AsyncTap(_Tap):
+    _leaving: anyio.Event | None = None
+
     async def __aiter__(self) -> AsyncGenerator[bytes, None]:
         watch = self._watch
         reader = watch.reader
@@ -237,17 +325,41 @@ class _AsyncTap(_Tap):
             if tail := _tail(watch, self._decoder, self._rewrite):
                 yield tail
         except GeneratorExit:
+            await self._dropped()
             raise
         except BaseException as error:
             watch.broke(error)
             raise
         watch.end_of_bytes()
 
+    async def _dropped(self) -> None:
+        """The consumer's reading was dropped, which nobody can take up again: so is the source, as it is without us."""
+        if not self._watch.told and not collecting():
+            if self._is_needed() or self._leaving is not None:
+                return
+            try:
+                await self._leave()
+            finally:
+                self._watch.settle("closed")
+        self._source = None
+
+    async def read_out(self) -> None:
+        """Read what has arrived of an answer whose end is known, and let nobody read the connection after that."""
+        source = self._source
+        if source is None:
+            return
+        with suppress(Exception):
+            with self._wire.without_waiting() as is_possible:
+                for _ in range(REST_CHUNKS if is_possible else 0):
+                    if await anext(source, None) is None:
+                        break
+            await source.aclose()
+
     async def aclose(self) -> None:
         watch = self._watch
         try:
             if not watch.told and not collecting():
-                await self._before_leaving()
+                await self._leave()
         except Exception:
             watch.report("tap.close")
         finally:
@@ -260,6 +372,18 @@ class _AsyncTap(_Tap):
             except Exception:
                 watch.report("tap.wait")
 
+    async def _leave(self) -> None:
+        """What is done before leaving, once: a loop has a dropped reading closed while somebody closes the response."""
+        import anyio  # with httpx; works on every event loop that httpx works on
+
+        if self._leaving is not None:
+            return await self._leaving.wait()
+        self._leaving = anyio.Event()
+        try:
+            await self._before_leaving()
+        finally:
+            self._leaving.set()
+
     async def _before_leaving(self) -> None:
         seconds, pieces = self._rest_limits()
         if seconds:
@@ -269,9 +393,7 @@ class _AsyncTap(_Tap):
                 loop = asyncio.get_running_loop()
             except RuntimeError:  # another event loop than asyncio's: no task of ours can outlive the consumer's there
                 return
-            task = loop.create_task(self._drain(), name="vluna-drain")
-            _draining.add(task)
-            task.add_done_callback(_draining.discard)
+            _keep(loop.create_task(self._drain(), name="vluna-drain"))
             self._handed_over = True
 
     async def _drain(self) -> None:
@@ -283,7 +405,7 @@ class _AsyncTap(_Tap):
                 await self._inner.aclose()
 
     async def _read_on(self, seconds: float, pieces: int, size: int) -> None:
-        import anyio  # with httpx; works on every event loop that httpx works on
+        import anyio
 
         watch = self._watch
         source: AsyncIterator[bytes] = self._source if self._source is not None else self._inner.__aiter__()
@@ -332,7 +454,13 @@ def forget_open() -> None:
 
 _at_exit = False
 
-_draining: set[asyncio.Task[None]] = set()  # a loop keeps only weak references to its tasks
+_kept: set[asyncio.Task[None]] = set()
+
+
+def _keep(task: asyncio.Task[None]) -> None:
+    """Hold on to a task of ours until it is done: a loop keeps only weak references to its tasks."""
+    _kept.add(task)
+    task.add_done_callback(_kept.discard)
 
 
 @lru_cache(maxsize=4)

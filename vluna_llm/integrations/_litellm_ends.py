@@ -1,7 +1,8 @@
 """LiteLLM's own end of a stream, which may come before the provider's.
 
 `CustomStreamWrapper` stops at the first chunk after the finish reason in some of its branches, raises errors of its own
-over a stream that is whole (a rule, a time limit, a repetition), and leaves the response unread and open. In its
+over a stream that is whole (a rule, a time limit, a repetition), and leaves the response unread and open. Also where it
+reads to the provider's end it may leave the connection to the garbage collector; here it is given back. In its
 ``aclose`` it reaches the response only where its iterator can be closed (1.83: not for Anthropic and most others). So
 the object is given a subclass of its own class that tells these ends; nothing else of it changes.
 """
@@ -13,6 +14,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from .._tap_watch import Watch
+from ..tap import arelease, release
 from ._litellm_parts import STREAM, part
 
 _END: Final = "_vluna_end"
@@ -66,10 +68,13 @@ def _sync_class(kind: Any) -> type[Any]:
 
 def _close(stream: Any) -> None:
     watch, source = vars(stream).get(_END, (None, None))
-    if watch is None or watch.told:
+    if watch is None:
         return
     try:
-        source.close()
+        if watch.told:
+            release(source)
+        else:
+            source.close()
     except Exception as error:
         watch.broke(error)
 
@@ -97,9 +102,11 @@ def _async_class(kind: Any) -> type[Any]:
 
 async def _aclose(stream: Any) -> None:
     watch, source = vars(stream).get(_END, (None, None))
-    if watch is None or watch.told:
+    if watch is None:
         return
     try:
+        if watch.told:
+            return await arelease(source)
         left = (getattr(source, "aclose", None) or source.close)()
         if inspect.isawaitable(left):
             await left

@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import logging
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import litellm
 import pytest
+from books import FEATURE, MESSAGES, MODEL, TOKENS, Books
+from provider import Provider
+from routers import chat, deployment, router
+from upstream import Upstream
 
+from vluna_llm import Vluna, call_context
 from vluna_llm.context import CallContext
-from vluna_llm.errors import ConfigurationError
+from vluna_llm.errors import ConfigurationError, MissingPrincipal
 from vluna_llm.integrations._litellm_identity import (
     IDENTITY_VARIABLE,
     TRUST_VARIABLE,
@@ -217,3 +224,183 @@ def test_a_function_may_decide() -> None:
     assert (found.principal_id, found.user_id) == ("customer of abc", "purse")
     assert who(make_identity(lambda known: known.org_id), auth(org_id="org", team_id="t")).principal_id == "org"
     assert who(make_identity(lambda known: None), auth(team_id="team")).principal_id is None
+
+
+# -- metadata of a call, in a program and in a proxy -------------------------------------------------------------------
+
+ASKED: dict[str, Any] = {"model": f"openai/{MODEL}", "messages": MESSAGES, "api_key": "sk-test"}
+AUTH = "litellm.proxy.auth.user_api_key_auth"
+
+
+def ask(provider: Provider, is_async: bool, **more: Any) -> Any:
+    """One call on LiteLLM's function."""
+    given = {**ASKED, "api_base": provider.base_url, **more}
+    return asyncio.run(litellm.acompletion(**given)) if is_async else litellm.completion(**given)
+
+
+@pytest.fixture
+def server() -> Any:
+    """LiteLLM's proxy, imported by a program that does not run it."""
+    pytest.importorskip("fastapi", reason="LiteLLM's proxy is not installed: pip install 'litellm[proxy]'")
+    return pytest.importorskip("litellm.proxy.proxy_server", reason="pip install 'litellm[proxy]'")
+
+
+@pytest.fixture
+def serving(server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same, set up to run."""
+    monkeypatch.setattr(server, "master_key", "sk-master")
+    return server
+
+
+BOTH = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+
+
+@BOTH
+def test_a_program_that_imports_the_proxy_is_none(
+    server: Any, metered: Vluna, provider: Provider, books: Books, is_async: bool
+) -> None:
+    """Its own words count as in any other program."""
+    ask(provider, is_async, metadata={"vluna": {"principal_id": books.customer}})
+    books.settled(metered)
+    books.once()
+
+
+@BOTH
+@pytest.mark.parametrize("entry", [{"principal_id": "victim"}, "victim", {"nonsense": 1}], ids=["named", "text", "odd"])
+@pytest.mark.parametrize("bucket", ["metadata", "litellm_metadata"])
+def test_metadata_names_nobody_in_a_proxy(
+    serving: Any,
+    metered: Vluna,
+    provider: Provider,
+    books: Books,
+    caplog: pytest.LogCaptureFixture,
+    is_async: bool,
+    entry: Any,
+    bucket: str,
+) -> None:
+    """A client may have written it: refused where nobody else is known, else billed to whom the program names."""
+    with caplog.at_level(logging.WARNING, "vluna_llm"):
+        for _ in range(2):
+            with pytest.raises(MissingPrincipal):
+                ask(provider, is_async, **{bucket: {"vluna": entry}})
+    assert caplog.text.count("call_context") == 1
+    assert provider.requests == []
+    books.run(metered, lambda: ask(provider, is_async, **{bucket: {"vluna": entry}}))
+    books.once()
+    assert "vluna" not in json.dumps(provider.posts()[0].body)
+
+
+def test_metadata_names_the_customer_in_a_proxy_that_trusts_its_clients(
+    serving: Any, vluna: Vluna, make_callback: Any, provider: Provider, books: Books
+) -> None:
+    """``trust_client_identity``: their word is as good as the operator's."""
+    make_callback(vluna, trust_client_identity=True)
+    ask(provider, True, metadata={"vluna": {"principal_id": books.customer}})
+    books.settled(vluna)
+    books.once()
+
+
+def test_our_own_trace_is_no_clients_word(serving: Any, metered: Vluna, provider: Provider, books: Books) -> None:
+    """LiteLLM's threads know nothing of the context: what we hand on in metadata counts in a proxy, too."""
+    many = [MESSAGES, MESSAGES]
+
+    def work() -> None:
+        litellm.batch_completion(f"openai/{MODEL}", many, api_base=provider.base_url, api_key="sk-test")
+
+    books.run(metered, work)
+    assert books.charged == [(FEATURE, TOKENS)] * 2
+
+
+@BOTH
+def test_a_fallback_of_a_program_names_its_customer(metered: Vluna, books: Books, is_async: bool) -> None:
+    """Where the program itself writes the fallback, that one is billed as it says."""
+    with Upstream() as first, Upstream() as second:
+        first.behaviour = "down"
+        target = router([deployment(first), deployment(second, "other")], num_retries=0)
+        fallback = {"model": "other", "metadata": {"vluna": {"principal_id": books.customer}}}
+        with call_context(principal_id=f"not_{books.customer}"):
+            chat(target, is_async=is_async, fallbacks=[fallback])
+        books.settled(metered)
+    books.once()
+    assert Books(books.gate, f"not_{books.customer}").charged == []
+
+
+# -- whose key it is, where no hook was asked --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def authenticating(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The proxy's authentication, which knows one key."""
+    module = ModuleType(AUTH)
+
+    async def builder(known: Any) -> Any:
+        return known
+
+    module.user_api_key_auth_builder = builder  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, AUTH, module)
+    return module
+
+
+def request_of(module: Any, known: Any, provider: Provider) -> None:
+    """A request of the proxy on a route without hooks."""
+
+    async def main() -> None:
+        await module.user_api_key_auth_builder(known)
+        await litellm.acompletion(**ASKED, api_base=provider.base_url, metadata={"vluna": {"principal_id": "victim"}})
+
+    asyncio.run(main())
+
+
+def test_the_key_pays_where_no_hook_was_asked(
+    authenticating: Any, vluna: Vluna, make_callback: Any, provider: Provider, books: Books
+) -> None:
+    """By the same mapping, a coroutine function as well."""
+
+    async def look_up(known: Any) -> Any:
+        await asyncio.sleep(0)
+        return known.team_id
+
+    make_callback(vluna, identity=look_up)
+    request_of(authenticating, auth(team_id=books.customer), provider)
+    books.settled(vluna)
+    books.once()
+
+
+@pytest.mark.parametrize("known", [{}, {"metadata": {"vluna": {"nonsense": 1}}}], ids=["nobody", "mistake"])
+def test_a_key_of_nobody_is_refused_where_no_hook_was_asked(
+    authenticating: Any, metered: Vluna, provider: Provider, known: dict[str, Any]
+) -> None:
+    """With ``status_code`` 400, and no provider is asked."""
+    with pytest.raises(ConfigurationError if known else MissingPrincipal) as caught:
+        request_of(authenticating, auth(**known), provider)
+    assert caught.value.status_code == 400  # type: ignore[attr-defined]
+    assert provider.requests == []
+
+
+@pytest.mark.parametrize("mode", ["observe", "off"])
+def test_the_other_modes_refuse_no_key(
+    authenticating: Any, make_vluna: Any, make_callback: Any, provider: Provider, mode: str
+) -> None:
+    """The call goes on, billed to nobody."""
+    make_callback(make_vluna(mode=mode))
+    request_of(authenticating, auth(metadata={"vluna": {"nonsense": 1}}), provider)
+    assert len(provider.posts()) == 1
+
+
+def test_the_authentication_is_put_back(authenticating: Any, metered: Vluna) -> None:
+    """`uninstall` leaves nothing of ours in it."""
+    from vluna_llm.integrations.litellm import uninstall
+
+    ours = authenticating.user_api_key_auth_builder
+    uninstall()
+    assert authenticating.user_api_key_auth_builder is ours.__wrapped__
+
+
+def test_a_moved_authentication_is_told(
+    authenticating: Any, vluna: Vluna, make_callback: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The operator learns which routes are refused then."""
+    del authenticating.user_api_key_auth_builder
+    with caplog.at_level(logging.WARNING, "vluna_llm"):
+        make_callback(vluna)
+    assert AUTH in caplog.text

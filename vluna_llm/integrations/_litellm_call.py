@@ -215,10 +215,23 @@ def enter_request(call: LogicalCall, logging_obj: Any) -> None:
         setattr(logging_obj, _ATTRIBUTE, call)
 
 
+def leave_request() -> None:
+    """Whatever this task does from now on belongs to no call: another request begins in it."""
+    _current.set(None)
+    _request.set(None)
+
+
 def request_of(data: Mapping[str, Any]) -> LogicalCall | None:
     """The logical call of the request that a proxy's hook is given."""
     call = getattr(data.get("litellm_logging_obj"), _ATTRIBUTE, None)
     return call if isinstance(call, LogicalCall) else _request.get()
+
+
+def give_back_unasked(call: LogicalCall | None) -> None:
+    """LiteLLM makes the answer to this call up: what was admitted for an attempt before it is not needed."""
+    operation = call.operation if call is not None else None
+    if call is not None and operation is not None and call.watched is not operation:
+        call.failed(None)
 
 
 def give_back_when_forgotten(call: LogicalCall) -> None:

@@ -22,8 +22,9 @@ from ..errors import ConfigurationError, VlunaError
 from ..tap import INLINE_SECONDS
 from ._litellm_attempt import Attempt, current_attempt, is_own_call, open_attempt
 from ._litellm_background import RETRIEVES, book_retrieved
-from ._litellm_call import LogicalCall, current_request, refusal
+from ._litellm_call import LogicalCall, call_for, current_request, give_back_unasked, refusal
 from ._litellm_functions import BATCHES, HOMES, METERED, MOCKS, RETRYING, UNMETERED, UNMETERED_HOMES
+from ._litellm_key import enter_key, is_unasked
 from ._litellm_metadata import KEY, Trace, take_identity
 from ._litellm_models import other_model
 from ._litellm_names import found, replace_everywhere
@@ -150,6 +151,8 @@ def _sync_entry(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
 def _async_entry(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
     @functools.wraps(original)
     async def entry(*args: Any, **kwargs: Any) -> Any:
+        if is_unasked():
+            await enter_key()
         attempt = _begin(original, kind, args, kwargs)
         if attempt is None:
             return await original(*args, **kwargs)
@@ -201,10 +204,14 @@ def _begin(original: Callable[..., Any], kind: str, args: tuple[Any, ...], kwarg
         ConfigurationError: what ``metadata["vluna"]`` says is unusable.
     """
     vluna = _metering()
-    name = str(getattr(original, "__name__", ""))
-    if vluna is None or _is_mocked(name, kind, kwargs):
+    if vluna is None:
         return None
+    name = str(getattr(original, "__name__", ""))
     around = current_attempt()
+    if _is_mocked(name, kind, kwargs):
+        if around is None:
+            give_back_unasked(call_for(kwargs))
+        return None
     if around is not None and (is_own_call(kwargs) or around.hands_to(original) or name in RETRYING):
         return None
     attempt = open_attempt(vluna, original, kind, args, kwargs)
@@ -312,6 +319,8 @@ def _retrieve(original: Callable[..., Any], name: str) -> Callable[..., Any]:
 
         @functools.wraps(original)
         async def aretrieve(*args: Any, **kwargs: Any) -> Any:
+            if is_unasked():
+                await enter_key()
             vluna, given, bound = _retrieved_for(kwargs)
             response = await original(*args, **given)
             if vluna is not None:
@@ -354,6 +363,8 @@ def _unmetered(original: Callable[..., Any], name: str) -> Callable[..., Any]:
 
         @functools.wraps(original)
         async def aentry(*args: Any, **kwargs: Any) -> Any:
+            if is_unasked():
+                await enter_key()
             given = _announce(name, kwargs)
             token = _announced.set(True)
             try:

@@ -20,6 +20,7 @@ from ._litellm_ask import ask_usage, is_refused, remember_refusal
 from ._litellm_attempt import current_attempt
 from ._litellm_call import LogicalCall, current_call, current_request, give_back_when_forgotten, refusal
 from ._litellm_functions import METERED
+from ._litellm_key import enter_key, is_unasked
 from ._litellm_metadata import Trace, leave_trace, take_identity, trace_in
 from ._litellm_stream import let_go, watch
 from ._litellm_usage import answer_shown, costs_nothing, ending_of, model_call_of, pending, tokens_in
@@ -154,6 +155,8 @@ class LoggingHooks:
         if kind is None:
             return None
         try:
+            if is_unasked():
+                await enter_key()
             given, bound, trace = take_identity(kwargs)
         except VlunaError as error:
             if vluna.mode == "enforce":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from ..context import CallContext, Scope, current_context, make_context
 from ..errors import ConfigurationError
+from ._litellm_key import is_believed
 
 if TYPE_CHECKING:
     from ..lifecycle import Operation
@@ -64,6 +65,7 @@ def take_identity(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], CallContex
     """The arguments without the ``vluna`` metadata, what that says, and the trace with which a call was handed on.
 
     Metadata that is given is copied, so that nothing which is added to it later reaches the caller's own dict.
+    In a proxy the entry is a client's word, and says nothing; a trace is ours, which no client can write.
     LiteLLM's ``user`` becomes the label ``end_user`` where nobody else was named and it can be stored.
 
     Raises:
@@ -82,7 +84,7 @@ def take_identity(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], CallContex
         changed[bucket] = rest if rest or KEY not in metadata else None
         if isinstance(entry, Trace):
             trace = entry
-        elif entry is not None:
+        elif entry is not None and is_believed():
             said.update(_fields(entry))
     return changed, _context(said, changed.get("user")), trace
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from ..context import CallContext, enter_context
+from ..context import CallContext
 from ..ending import Ending
 from ..errors import ConfigurationError, MissingPrincipal, VlunaError
 from ..lifecycle import ModelCall
@@ -21,6 +21,7 @@ from ._litellm_answer import dress, install_handler, log, refusal_in, refused
 from ._litellm_call import LogicalCall, current_request, enter_request, give_back_when_forgotten, request_of
 from ._litellm_functions import METERED, UNMETERED
 from ._litellm_identity import Identity, strip_client_identity
+from ._litellm_key import enter_payer
 from ._litellm_models import as_deployed, model_call_of
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class ProxyHooks:
             if vluna.mode == "off":
                 return None
             payer = await self._payer(user_api_key_dict, data)
+            enter_payer(payer)
             await self._admit(vluna, payer, data, str(getattr(call_type, "value", call_type)))
         except VlunaError as error:
             if vluna.mode != "enforce":
@@ -100,7 +102,7 @@ class ProxyHooks:
         if earlier is not None and earlier.attempts == 0:
             earlier.failed(None)  # the proxy begins anew with another model, since another hook refused the first one
         call = LogicalCall(vluna, payer)
-        _enter(call, payer, data)
+        _enter(call, data)
         if vluna.mode == "enforce" and payer.principal_id is None and vluna.settings.principal is None:
             raise MissingPrincipal
         planned = _planned(kind, data)
@@ -289,9 +291,8 @@ def _planned(kind: str, data: Mapping[str, Any]) -> ModelCall | None:
     return None
 
 
-def _enter(call: LogicalCall, payer: CallContext, data: Mapping[str, Any]) -> None:
-    """Make it the call of this request. Whatever else the request asks of a model is for the same customer, too; and
-    an end that no hook is told of is left to the garbage collector, and charges nothing."""
+def _enter(call: LogicalCall, data: Mapping[str, Any]) -> None:
+    """Make it the call of this request. An end that no hook is told of is left to the garbage collector, and charges
+    nothing."""
     enter_request(call, data.get("litellm_logging_obj"))
-    enter_context(payer)
     give_back_when_forgotten(call)

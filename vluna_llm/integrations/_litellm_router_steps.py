@@ -12,6 +12,7 @@ from typing import Any, Final
 import litellm
 
 from ..errors import VlunaError
+from ._litellm_key import enter_key, is_unasked
 from ._litellm_route import OpenCall, Refused, Route, current_route, open_route
 
 METHODS: Final[Mapping[str, str]] = {
@@ -75,6 +76,8 @@ def entry_of(
     if inspect.iscoroutinefunction(original):
 
         async def amethod(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_unasked():
+                await enter_key()
             route, kwargs = start(kwargs, True)
             if route is None:
                 return await original(self, *args, **kwargs)

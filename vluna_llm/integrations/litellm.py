@@ -34,6 +34,7 @@ from ._litellm_entry import open_call as _open_call
 from ._litellm_entry import uninstall as _uninstall
 from ._litellm_hooks import LoggingHooks, watch_made
 from ._litellm_identity import IdentityOption, make_identity
+from ._litellm_key import forget_keys, see_keys
 from ._litellm_made import forget_creations, see_creations
 from ._litellm_parts import LOGGER, part, tell_missing
 from ._litellm_proxy import ProxyHooks
@@ -81,6 +82,7 @@ class VlunaCallback(LoggingHooks, RouterHooks, ProxyHooks, _CustomLogger):  # ty
         self.vluna = vluna
         self.identity = make_identity(identity, trust_client=trust_client_identity)
         self.hooks_only = not install
+        see_keys(vluna, self.identity)
         if install:
             globals()["install"](vluna)
         else:
@@ -112,6 +114,7 @@ def uninstall() -> None:
         uninstall_router()
         _uninstall()
         forget_creations()
+        forget_keys()
 
 
 _guard = threading.RLock()

@@ -24,7 +24,8 @@ from ..errors import ConfigurationError, VlunaError
 from ..slot import Slot, inside
 from ._litellm_ask import ask_usage, is_refused, remember_refusal, upstream_of
 from ._litellm_background import response_id_of
-from ._litellm_call import LogicalCall, call_for, current_call, current_request, family_of, refusal
+from ._litellm_call import LogicalCall, call_for, current_call, family_of, refusal
+from ._litellm_key import in_proxy
 from ._litellm_metadata import Trace, strip, take_identity
 from ._litellm_models import as_deployed, positional_names
 from ._litellm_parts import TOO_LONG, part
@@ -102,7 +103,7 @@ class Attempt:
         self.model_call = self._named(kwargs, args)
 
     def _named(self, kwargs: Mapping[str, Any], args: Sequence[Any]) -> ModelCall:
-        said = kwargs if current_request() is None else as_deployed(kwargs)
+        said = as_deployed(kwargs) if in_proxy() else kwargs
         return model_call_of(self.kind, said, args, positional_names(self.function) if args else ())
 
     @property

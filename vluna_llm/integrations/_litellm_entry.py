@@ -22,9 +22,9 @@ from ..errors import ConfigurationError, VlunaError
 from ..tap import INLINE_SECONDS
 from ._litellm_attempt import Attempt, current_attempt, is_own_call, open_attempt
 from ._litellm_background import RETRIEVES, book_retrieved
-from ._litellm_call import LogicalCall, call_for, current_request, give_back_unasked, refusal
+from ._litellm_call import LogicalCall, call_for, give_back_unasked, refusal
 from ._litellm_functions import BATCHES, HOMES, METERED, MOCKS, RETRYING, UNMETERED, UNMETERED_HOMES
-from ._litellm_key import enter_key, is_unasked
+from ._litellm_key import enter_key, in_proxy, is_unasked
 from ._litellm_metadata import KEY, Trace, take_identity
 from ._litellm_models import other_model
 from ._litellm_names import found, replace_everywhere
@@ -248,7 +248,7 @@ def _sell_what_is_asked(vluna: Vluna, attempt: Attempt) -> None:
         f"extra_body names the model {named!r} and the call {attempt.model_call.model!r}: write it as model=..., so "
         "that the one that answers is the one that is billed."
     )
-    if current_request() is not None:
+    if in_proxy():
         body = attempt.kwargs["extra_body"]
         attempt.kwargs["extra_body"] = {key: said for key, said in body.items() if key != "model"}
     elif vluna.mode == "enforce":

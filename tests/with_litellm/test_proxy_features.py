@@ -1,4 +1,4 @@
-"""A client of the proxy, or an unusual call, gets work done that nobody or the wrong customer pays for."""
+"""A client of the proxy chooses its model from those that are offered, and not what is billed for it."""
 
 from __future__ import annotations
 

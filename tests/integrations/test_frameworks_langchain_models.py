@@ -375,7 +375,9 @@ def test_the_model_stays_what_it_was(bare_of_layer: Any, vluna: Vluna) -> None:
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "copy", "model_copy"])
-def test_a_copy_is_metered_and_bound(way: str, vluna: Vluna, provider: Provider, customer: str) -> None:
+def test_a_copy_is_metered_and_bound(
+    way: str, vluna: Vluna, provider: Provider, customer: str, shared_gate: Sandbox
+) -> None:
     """Also where a model copies itself."""
     import copy
 
@@ -383,7 +385,7 @@ def test_a_copy_is_metered_and_bound(way: str, vluna: Vluna, provider: Provider,
     ways = {"deepcopy": copy.deepcopy, "copy": copy.copy, "model_copy": lambda m: m.model_copy()}
     ways[way](model).invoke("hi")
     assert vluna.flush(5)
-    assert vluna.gate is not None
+    assert [entry.quantity for entry in shared_gate.booked(customer).entries] == [INPUT + OUTPUT]
 
 
 def test_a_pickle_is_metered_by_the_settings_of_who_reads_it(
@@ -531,3 +533,43 @@ def test_a_refusal_is_not_retried(bare_of_layer: Any, make_vluna: Any, provider:
         vluna.close()
     assert len(asked) == 2
     assert provider.requests == []
+
+
+def test_a_refused_model_leads_to_a_fallback_that_asks_for_itself(make_vluna: Any, provider: Provider) -> None:
+    """The fallback runs where the customer may use it; its operation is its own, and the refused one cost nothing."""
+    with Sandbox() as gate:
+        gate.customer("thrifty", deny=("openai.gpt-4o",))
+        vluna = make_vluna(gate)
+        first, second = (openai_model(provider.base_url, name) for name in ("gpt-4o", "gpt-4o-mini"))
+        model = wrap_model(first, vluna).with_fallbacks([second])
+        with call_context(principal_id="thrifty") as scope:
+            assert model.invoke("hi").content == "hello world"
+            assert isinstance(scope.last_denial, GateDenied)
+        vluna.close()
+        assert [entry.feature for entry in gate.booked("thrifty").entries] == ["openai.gpt-4o-mini"]
+    assert [seen.body["model"] for seen in provider.posts()] == ["gpt-4o-mini"]
+
+
+@pytest.mark.parametrize("how", ["invoke", "ainvoke", "stream", "astream"])
+def test_a_fallback_is_no_way_round_a_refusal(how: str, make_vluna: Any, provider: Provider) -> None:
+    """A bare model that is given as a fallback is metered, too; where all are refused, the first refusal is raised."""
+    with Sandbox() as gate:
+        gate.set_credit("broke", 0)
+        vluna = make_vluna(gate)
+        tools = openai_model(provider.base_url, "gpt-4o-mini").bind(stop=["x"])
+        model = wrap_model(openai_model(provider.base_url), vluna, principal_id="broke").with_fallbacks([tools])
+        with pytest.raises(GateDenied):
+            call(model, how)
+        vluna.close()
+    assert provider.requests == []
+
+
+def test_a_fallback_after_a_failure_is_charged_alone(vluna: Vluna, provider: Provider, customer: str) -> None:
+    """The lease of the model that failed is given back."""
+    provider.behaviour = "flaky"
+    model = wrap_model(openai_model(provider.base_url), vluna).with_fallbacks([HttpModel(base_url=provider.base_url)])
+    with call_context(principal_id=customer) as scope:
+        model.invoke("hi")
+        assert scope.wait(5)
+    assert [(receipt.state, receipt.feature_code) for receipt in scope.receipts][-1] == ("booked", "own.own-1")
+    assert sum(receipt.state == "booked" for receipt in scope.receipts) == 1

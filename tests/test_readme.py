@@ -46,9 +46,10 @@ def test_the_snippets_run_as_they_stand(tmp_path: Path) -> None:
     pytest.importorskip("openai")
     from vluna_llm.sandbox.replay import ReplayUpstream
 
-    first, ways, litellm, _ = SNIPPETS
+    first, ways, litellm, langchain, _ = SNIPPETS
     assert SHOWN in first
     assert "VlunaCallback" in litellm, "tests/with_litellm runs it, where LiteLLM is installed"
+    assert "wrap_model" in langchain, "tests/integrations runs it, where LangChain is installed"
     with Sandbox() as gate, ReplayUpstream() as provider:
         settings = {**gate.env(), "OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "none"}
         shown = run(["-c", first.replace(SHOWN, RECORDED)], tmp_path, **settings)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Bill, eventually, settled
+from conftest import Bill, settled
 from langchain_stage import HttpModel, SyncHttpModel, openai_model, run
 from provider import CACHED, INPUT, OUTPUT, Provider
 
@@ -82,9 +82,7 @@ def test_the_chunks_are_those_of_the_bare_model(
 
     def seen(model: Any) -> list[Any]:
         provider.responses.clear()
-        return [
-            (type(c), c.content, c.usage_metadata, c.response_metadata, c.chunk_position) for c in call(model, how)
-        ]
+        return [(type(c), c.content, c.usage_metadata, c.response_metadata, c.chunk_position) for c in call(model, how)]
 
     expected = seen(bare)
     found: list[Any] = []
@@ -103,7 +101,9 @@ def test_usage_that_was_asked_for_is_handed_on(vluna: Vluna, provider: Provider,
 
 
 @pytest.mark.parametrize("how", ["batch", "abatch"])
-def test_each_of_a_batch_is_an_operation(how: str, bare: Any, vluna: Vluna, customer: str, shared_gate: Sandbox) -> None:
+def test_each_of_a_batch_is_an_operation(
+    how: str, bare: Any, vluna: Vluna, customer: str, shared_gate: Sandbox
+) -> None:
     """In LangChain's threads and tasks the surrounding context pays."""
     model = wrap_model(bare, vluna)
     with call_context(principal_id=customer) as scope:

@@ -69,9 +69,7 @@ def booked(gate: Sandbox, vluna: Vluna, customer: str) -> int:
 
 
 @WAYS
-def test_the_config_names_the_customer(
-    how: str, model: Any, vluna: Vluna, customer: str, shared_gate: Sandbox
-) -> None:
+def test_the_config_names_the_customer(how: str, model: Any, vluna: Vluna, customer: str, shared_gate: Sandbox) -> None:
     """``config["metadata"]["vluna"]``, over the surrounding context, with what else a call context takes."""
     with call_context(principal_id=f"{customer}_other"):
         use(model, how, paying(customer, labels={"plan": "pro"}, end_user="ann"))
@@ -157,9 +155,7 @@ def test_one_denial_ends_the_parallel_step_as_itself(bare: Any, make_vluna: Any)
         gate.set_credit("poor", 0)
         vluna = make_vluna(gate)
         model = wrap_model(bare, vluna)
-        together = RunnableParallel(
-            rich=model.with_config(paying("rich")), poor=model.with_config(paying("poor"))
-        )
+        together = RunnableParallel(rich=model.with_config(paying("rich")), poor=model.with_config(paying("poor")))
         with pytest.raises(GateDenied):
             together.invoke("hi")
         assert vluna.flush(10)
@@ -204,9 +200,9 @@ def test_a_cancelled_call_leaves_no_customer_behind(
 @pytest.mark.parametrize("said", [7, ["c"], {"principal": "c"}, {"principal_id": ""}, {"principal_id": " c"}])
 def test_a_customer_that_cannot_be_right_is_refused(said: Any, model: Any, provider: Provider) -> None:
     """Before the provider is called, with the name of what is wrong."""
-    with pytest.raises(ConfigurationError, match="metadata|principal_id"):
+    with pytest.raises(ConfigurationError, match=r"metadata|principal_id"):
         model.invoke("hi", {"metadata": {"vluna": said}})
-    with pytest.raises(ConfigurationError, match="identity function|principal_id"):
+    with pytest.raises(ConfigurationError, match=r"identity function|principal_id"):
         model.invoke("hi", {"callbacks": [VlunaCallbackHandler(lambda metadata: said)]})
     assert provider.requests == []
 

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("VlunaMiddleware needs LangChain's agents: pip install langchain", name="langchain") from error
 
-from ..context import current_context, make_context
+from ..context import make_context
 from ._langchain_model import meter
 from ._langchain_run import paid_by, payer_of, run_of_config
 

@@ -157,7 +157,9 @@ class MessagesCall:
 # -- what is asked -----------------------------------------------------------------------------------------------------
 
 
-def describe(model: Any, messages: Sequence[Any], stop: object, kwargs: Mapping[str, Any], *, stream: bool) -> ModelCall:
+def describe(
+    model: Any, messages: Sequence[Any], stop: object, kwargs: Mapping[str, Any], *, stream: bool
+) -> ModelCall:
     """The call as the gate's estimate needs it. Never raises."""
     try:
         params = model._get_ls_params(stop=stop, **kwargs)

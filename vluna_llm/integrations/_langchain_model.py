@@ -112,7 +112,8 @@ def metered_class(base: type[Any], vluna: Vluna, layer: Layer) -> type[Any]:
         **_common(base, vluna),
         **(_client_methods(base) if layer == "client" else _messages_methods(base)),
     }
-    made: type[Any] = type(base)(base.__name__, (base,), namespace)
+    kind: Any = type(base)
+    made: type[Any] = kind(base.__name__, (base,), namespace)
     # Set afterwards: pydantic would take names with an underscore for private attributes.
     type.__setattr__(made, "_vluna_base", base)
     type.__setattr__(made, "_vluna_of", (id(vluna), layer))
@@ -179,7 +180,7 @@ def _common(base: type[Any], vluna: Vluna) -> dict[str, Any]:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         mine = metering_of(self)
-        bare = base.__new__(base)
+        bare: Any = object.__new__(base)
         values = dict(vars(self))
         forget_late_clients(values, base)
         values.pop("_serialized", None)
@@ -194,7 +195,7 @@ def _common(base: type[Any], vluna: Vluna) -> dict[str, Any]:
         )
         return _metered_again, (bare, fields_of(mine.bound) if mine is not None and mine.bound is not None else None)
 
-    found = {
+    found: dict[str, Any] = {
         "__init__": __init__,
         "_generate_with_cache": _generate_with_cache,
         "_agenerate_with_cache": _agenerate_with_cache,
@@ -209,7 +210,6 @@ def _common(base: type[Any], vluna: Vluna) -> dict[str, Any]:
     described = getattr(base, "_serialized", None)
     if isinstance(described, cached_property):
         found["_serialized"] = cached_property(lambda self: MeteredSerialized(described.func(self)))
-        found["_serialized"].__set_name__(base, "_serialized")
     return found
 
 

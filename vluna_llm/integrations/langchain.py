@@ -102,8 +102,8 @@ def wrap_model(
     metered = meter(model, vluna, make_context(**bound) if bound else None)
     if metered is model and not _holds_metered(model):
         raise ConfigurationError(
-            f"wrap_model takes a chat model, not {type(model).__name__}: wrap each model before it is put into a chain, "
-            "or give clients of the SDK that vluna.wrap has wrapped."
+            f"wrap_model takes a chat model, not {type(model).__name__}: wrap each model before it is put into "
+            "a chain, or give it clients that vluna.wrap has wrapped."
         )
     return metered  # type: ignore[no-any-return]
 

@@ -144,17 +144,12 @@ def _chunk(line: str) -> ChatGenerationChunk | None:
     return ChatGenerationChunk(message=message, generation_info=info)
 
 
-class Script:
-    """An upstream of OpenAI's chat API whose model calls each tool once, in their order, and then answers.
-
-    ``INPUT`` and ``OUTPUT`` are the tokens of each call; ``asked`` has the bodies that came.
-    """
-
-    INPUT, OUTPUT = 30, 7
+class Upstream:
+    """A small HTTP server; ``asked`` has the bodies that came."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        script = self
+        upstream = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -164,8 +159,8 @@ class Script:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                script.asked.append(body)
-                content_type, payload = script.answer(body)
+                upstream.asked.append(body)
+                content_type, payload = upstream.answer(body)
                 self.send_response(200)
                 self.send_header("content-type", content_type)
                 self.send_header("content-length", str(len(payload)))
@@ -177,14 +172,63 @@ class Script:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
+    def host(self) -> str:
+        """Scheme and address."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    @property
     def base_url(self) -> str:
         """What an SDK is given."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        return f"{self.host}/v1"
 
     def close(self) -> None:
         """Serve no more."""
         self._server.shutdown()
         self._server.server_close()
+
+    def answer(self, body: dict[str, Any]) -> tuple[str, bytes]:
+        """Content type and body of an answer."""
+        raise NotImplementedError
+
+
+class Messages(Upstream):
+    """Anthropic's API: cached tokens stand beside the input there, which makes 100 in and 20 out."""
+
+    def answer(self, body: dict[str, Any]) -> tuple[str, bytes]:
+        """Whole, or as events."""
+        start = {"input_tokens": 50, "cache_read_input_tokens": 40, "cache_creation_input_tokens": 10}
+        message = {"id": "msg_1", "type": "message", "role": "assistant", "model": body["model"], "content": []}
+        if not body.get("stream"):
+            said = {"content": [{"type": "text", "text": "hello world"}], "stop_reason": "end_turn"}
+            usage = {**start, "output_tokens": 20}
+            return "application/json", json.dumps({**message, **said, "usage": usage}).encode()
+        events: list[dict[str, Any]] = [
+            {"type": "message_start", "message": {**message, "usage": {**start, "output_tokens": 1}}},
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            *(
+                {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": f"word{n} "}}
+                for n in range(12)
+            ),
+            {"type": "content_block_stop", "index": 0},
+            {
+                "type": "message_delta",
+                "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+                "usage": {**start, "output_tokens": 20},
+            },
+            {"type": "message_stop"},
+        ]
+        return "text/event-stream", "".join(
+            f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events
+        ).encode()
+
+
+class Script(Upstream):
+    """An upstream of OpenAI's chat API whose model calls each tool once, in their order, and then answers.
+
+    ``INPUT`` and ``OUTPUT`` are the tokens of each call.
+    """
+
+    INPUT, OUTPUT = 30, 7
 
     def answer(self, body: dict[str, Any]) -> tuple[str, bytes]:
         """Content type and body."""

@@ -219,10 +219,17 @@ _draining: set[asyncio.Task[None]] = set()  # a loop keeps only weak references 
 
 
 def _without_usage(chunk: Any) -> bool:
-    """Take the usage off a chunk; False where nothing else was on it."""
+    """Take the usage off a chunk; False where it is there for the usage alone.
+
+    With the usage of a stream ``ChatAnthropic`` also gives the event that begins it, which only names the model.
+    """
     message = chunk.message
-    if getattr(message, "usage_metadata", None) is None:
-        return True
-    message.usage_metadata = None
+    said = message.response_metadata
     rest = (message.content, getattr(message, "tool_call_chunks", None), message.additional_kwargs)
-    return any(rest) or bool(message.response_metadata) or bool(chunk.generation_info)
+    if any(rest) or chunk.generation_info or said.keys() - {"model_name", "model_provider"}:
+        message.usage_metadata = None
+        return True
+    if getattr(message, "usage_metadata", None) is None:
+        return "model_name" not in said
+    message.usage_metadata = None
+    return bool(said)

@@ -145,10 +145,12 @@ def _chunk(line: str) -> ChatGenerationChunk | None:
 
 
 class Upstream:
-    """A small HTTP server; ``asked`` has the bodies that came."""
+    """A small HTTP server; ``asked`` has the bodies that came. With ``holds`` its answers stop after 1,000 bytes."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
+        self.holds = False
+        self.released = threading.Event()
         upstream = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -165,7 +167,11 @@ class Upstream:
                 self.send_header("content-type", content_type)
                 self.send_header("content-length", str(len(payload)))
                 self.end_headers()
-                self.wfile.write(payload)
+                self.wfile.write(payload[:1000] if upstream.holds else payload)
+                if upstream.holds:
+                    self.wfile.flush()
+                    upstream.released.wait(20)
+                    self.close_connection = True
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -183,6 +189,7 @@ class Upstream:
 
     def close(self) -> None:
         """Serve no more."""
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
 

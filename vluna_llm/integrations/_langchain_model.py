@@ -267,9 +267,9 @@ async def _asteps(inner: Any, run: Run) -> AsyncIterator[Any]:
                 yield item
     finally:
         await inner.aclose()
-        if isinstance(run.items, AsyncItems):
-            await run.items.aclose()
-        elif run.items is not None:
+        if callable(close := getattr(run.items, "aclose", None)):
+            await close()
+        elif isinstance(run.items, SyncItems):  # a generator may be running in another thread, which cannot be stopped
             run.items.close()
 
 
@@ -281,10 +281,41 @@ def _manager_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return kwargs.get("run_manager") or (args[1] if len(args) > 1 else None)
 
 
-def _payer(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallContext:
+def _payer(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, CallContext]:
     mine = metering_of(model)
     assert mine is not None
-    return payer_of(run_of_call(_manager_in(args, kwargs)), mine.vluna)
+    run = run_of_call(_manager_in(args, kwargs))
+    return run, payer_of(run, mine.vluna)
+
+
+def _paid(make: Callable[[], Any], payer: CallContext) -> Iterator[Any]:
+    """The chunks of a stream, whose request is made at the first read."""
+    inner: Any = None
+    try:
+        with paid_by(payer):
+            inner = iter(make())
+            first = next(inner, _END)
+        if first is not _END:
+            yield first
+            yield from inner
+    finally:
+        if callable(close := getattr(inner, "close", None)):
+            close()
+
+
+async def _apaid(make: Callable[[], Any], payer: CallContext) -> AsyncIterator[Any]:
+    inner: Any = None
+    try:
+        with paid_by(payer):
+            inner = make().__aiter__()
+            first = await anext(inner, _END)
+        if first is not _END:
+            yield first
+            async for chunk in inner:
+                yield chunk
+    finally:
+        if callable(close := getattr(inner, "aclose", None)):
+            await close()
 
 
 def _client_methods(base: type[Any]) -> dict[str, Any]:
@@ -292,42 +323,25 @@ def _client_methods(base: type[Any]) -> dict[str, Any]:
 
     @functools.wraps(base._generate)
     def _generate(self: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        with paid_by(_payer(self, args, kwargs)):
+        with paid_by(_payer(self, args, kwargs)[1]):
             return base._generate(self, messages, *args, **kwargs)
 
     @functools.wraps(base._agenerate)
     async def _agenerate(self: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        with paid_by(_payer(self, args, kwargs)):
+        with paid_by(_payer(self, args, kwargs)[1]):
             return await base._agenerate(self, messages, *args, **kwargs)
 
     @functools.wraps(base._stream)
     def _stream(self: Any, messages: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        payer = _payer(self, args, kwargs)
-        inner = iter(base._stream(self, messages, *args, **kwargs))
-        try:
-            with paid_by(payer):
-                first = next(inner, _END)
-            if first is not _END:
-                yield first
-                yield from inner
-        finally:
-            if callable(close := getattr(inner, "close", None)):
-                close()
+        run, payer = _payer(self, args, kwargs)
+        run.items = chunks = _paid(lambda: base._stream(self, messages, *args, **kwargs), payer)
+        return chunks
 
     @functools.wraps(base._astream)
-    async def _astream(self: Any, messages: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        payer = _payer(self, args, kwargs)
-        inner = base._astream(self, messages, *args, **kwargs).__aiter__()
-        try:
-            with paid_by(payer):
-                first = await anext(inner, _END)
-            if first is not _END:
-                yield first
-                async for chunk in inner:
-                    yield chunk
-        finally:
-            if callable(close := getattr(inner, "aclose", None)):
-                await close()
+    def _astream(self: Any, messages: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        run, payer = _payer(self, args, kwargs)
+        run.items = chunks = _apaid(lambda: base._astream(self, messages, *args, **kwargs), payer)
+        return chunks
 
     return _where_overridden(base, _generate, _agenerate, _stream, _astream)
 

@@ -16,7 +16,7 @@ pytest.importorskip("langchain.agents", reason="LangChain's agents are not insta
 
 from langchain.agents import create_agent
 from langchain.agents.middleware import ModelFallbackMiddleware, ModelRetryMiddleware
-from langchain_core.tools import tool
+from langchain_core.tools import ToolException, tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, RetryPolicy, interrupt
@@ -87,7 +87,14 @@ def work(graph: Any, how: str, given: Any, config: Any) -> None:
         assert len(run(_acollect(graph.astream_events(given, config, version="v2")))) > 1
 
 
-WAYS = pytest.mark.parametrize("how", ["invoke", "ainvoke", "stream", "astream", "astream_events"])
+def ways(*names: str) -> Any:
+    """A parameter for each, the async ones where configs follow into tasks."""
+    return pytest.mark.parametrize(
+        "how", [pytest.param(name, marks=needs_task_contexts if name[0] == "a" else ()) for name in names]
+    )
+
+
+WAYS = ways("invoke", "ainvoke", "stream", "astream", "astream_events")
 
 
 # -- agents ------------------------------------------------------------------------------------------------------------
@@ -137,7 +144,7 @@ def test_a_model_that_other_middleware_brings_in_is_metered(
     assert sorted(lease.state for lease in shared_gate.leases(customer)) == ["canceled"] * 2 + ["closed"] * 2
 
 
-@pytest.mark.parametrize("how", ["invoke", "ainvoke"])
+@ways("invoke", "ainvoke")
 def test_a_tool_that_fails_is_not_charged(
     how: str, script: Script, vluna: Vluna, customer: str, shared_gate: Sandbox
 ) -> None:
@@ -156,7 +163,38 @@ def test_a_tool_that_fails_is_not_charged(
     assert sorted(lease.state for lease in shared_gate.leases(customer)) == ["canceled", "closed"]
 
 
-@pytest.mark.parametrize("how", ["invoke", "ainvoke"])
+@ways("invoke", "ainvoke")
+def test_a_tool_that_answers_with_an_error_is_not_charged(
+    how: str, script: Script, vluna: Vluna, customer: str, shared_gate: Sandbox
+) -> None:
+    """The agent goes on with the error."""
+
+    @tool
+    def picky(what: str) -> str:
+        """Refuse."""
+        raise ToolException("not this")
+
+    picky.handle_tool_error = True
+    middleware = [VlunaMiddleware(vluna, tools={"picky": "tools.picky"})]
+    agent = create_agent(wrap_model(openai_model(script.base_url), vluna), [picky], middleware=middleware)
+    work(agent, how, ASK, thread("t", customer))
+    assert script.asked[-1]["messages"][-1]["content"] == "not this"
+    assert entries(shared_gate, vluna, customer) == [("openai.gpt-4o", ONE_CALL, "model")] * 2
+
+
+@pytest.mark.parametrize("how", ["ainvoke", "astream"])
+def test_the_context_follows_into_an_agent(
+    how: str, script: Script, vluna: Vluna, customer: str, shared_gate: Sandbox
+) -> None:
+    """Without a word in the config; on Python 3.10 as well, but for the nodes' names."""
+    middleware = [VlunaMiddleware(vluna, tools={"search": "tools.search"})]
+    agent = create_agent(wrap_model(openai_model(script.base_url), vluna), [search], middleware=middleware)
+    with call_context(principal_id=customer):
+        work(agent, how, ASK, {})
+    assert len(entries(shared_gate, vluna, customer)) == 3
+
+
+@ways("invoke", "ainvoke")
 def test_a_tool_says_how_much_it_was(
     how: str, script: Script, vluna: Vluna, customer: str, shared_gate: Sandbox
 ) -> None:
@@ -168,7 +206,7 @@ def test_a_tool_says_how_much_it_was(
     assert ("tools.search", len("results for tides"), "tools") in entries(shared_gate, vluna, customer)
 
 
-@pytest.mark.parametrize("how", ["invoke", "ainvoke", "stream", "astream"])
+@ways("invoke", "ainvoke", "stream", "astream")
 def test_a_tool_that_the_gate_refuses_is_not_run(how: str, script: Script, make_vluna: Any) -> None:
     """`GateDenied` comes out of the agent as it is."""
     ran: list[str] = []
@@ -208,6 +246,7 @@ def test_a_refusal_comes_out_of_an_agent(how: str, script: Script, make_vluna: A
     assert script.asked == []
 
 
+@needs_task_contexts
 def test_an_agent_stream_that_is_left_is_cancelled(
     provider: Provider, vluna: Vluna, customer: str, shared_gate: Sandbox
 ) -> None:
@@ -350,7 +389,7 @@ def test_a_failed_run_resumes_where_it_stopped(
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["invoke", pytest.param("ainvoke", marks=needs_task_contexts)])
+@ways("invoke", "ainvoke")
 def test_branches_and_subgraphs_keep_their_customers(
     how: str, model: Any, vluna: Vluna, customer: str, shared_gate: Sandbox
 ) -> None:

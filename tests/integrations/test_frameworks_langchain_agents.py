@@ -124,12 +124,15 @@ def test_an_agent_is_charged_for_each_call(
 def test_the_middleware_alone_meters_the_model(
     how: str, script: Script, vluna: Vluna, customer: str, shared_gate: Sandbox
 ) -> None:
-    """A bare model, bound by the middleware."""
-    agent = create_agent(
-        openai_model(script.base_url), [search], middleware=[VlunaMiddleware(vluna, principal_id=customer)]
-    )
-    work(agent, how, ASK, {})
-    assert entries(shared_gate, vluna, customer) == [("openai.gpt-4o", ONE_CALL, "model")] * 2
+    """A bare model and a tool, bound by the middleware, whatever the config says."""
+    middleware = [VlunaMiddleware(vluna, tools={"search": "tools.search"}, principal_id=customer)]
+    agent = create_agent(openai_model(script.base_url), [search], middleware=middleware)
+    work(agent, how, ASK, thread("t", f"{customer}_config"))
+    assert entries(shared_gate, vluna, customer) == [
+        *[("openai.gpt-4o", ONE_CALL, "model")] * 2,
+        ("tools.search", 1, "tools"),
+    ]
+    assert entries(shared_gate, vluna, f"{customer}_config") == []
 
 
 def test_a_model_that_other_middleware_brings_in_is_metered(

@@ -507,6 +507,62 @@ def test_a_model_that_reads_its_own_stream_is_metered_once(vluna: Vluna, provide
     bill.booked_once()
 
 
+class Wordless(HttpModel):
+    """A provider that says neither why an answer ends nor what it used."""
+
+    words: int = 3
+
+    def _stream(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        yield from list(super()._stream(messages))[: self.words]
+
+
+@pytest.mark.parametrize("words", [3, 0])
+def test_the_end_of_a_stream_is_its_end(words: int, vluna: Vluna, provider: Provider, billed: Any) -> None:
+    """What was read to its end was used, and is estimated; nothing at all is no answer."""
+    model = wrap_model(Wordless(base_url=provider.base_url, words=words), vluna)
+
+    def work() -> None:
+        if words:
+            assert len(list(model.stream("hi"))) >= words
+            return
+        with pytest.raises(ValueError, match="No generation chunks"):
+            list(model.stream("hi"))
+
+    bill: Bill = billed(vluna, work)
+    bill.booked_an_estimate() if words else bill.cancelled_once()
+
+
+def test_an_iterator_that_is_forgotten_is_cancelled(vluna: Vluna, provider: Provider, billed: Any) -> None:
+    """Below LangChain's own generators, and with nobody to close it."""
+    from langchain_core.messages import HumanMessage
+
+    provider.behaviour = "hang"
+    model = wrap_model(HttpModel(base_url=provider.base_url), vluna)
+
+    def work() -> None:
+        chunks = model._stream([HumanMessage("hi")])
+        next(chunks)
+        del chunks
+        gc.collect()
+
+    bill: Bill = billed(vluna, work)
+    bill.cancelled_once()
+
+
+def test_tokens_that_were_put_into_a_cache_are_known() -> None:
+    """Under the one name and under those that tell how long they stay."""
+    from langchain_core.messages import AIMessage
+
+    from vluna_llm.integrations._langchain_call import usage_of
+
+    for written in ({"cache_creation": 7}, {"cache_creation": 0, "ephemeral_5m_input_tokens": 7}):
+        said: Any = {"input_tokens": 30, "output_tokens": 4, "total_tokens": 34}
+        said["input_token_details"] = {"cache_read": 5, **written}
+        usage = usage_of(AIMessage("hi", usage_metadata=said))
+        assert usage is not None
+        assert (usage.input_tokens, usage.cached_tokens, usage.cache_write_tokens) == (30, 5, 7)
+
+
 # -- retries and fallbacks ---------------------------------------------------------------------------------------------
 
 

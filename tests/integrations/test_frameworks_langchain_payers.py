@@ -96,6 +96,29 @@ def test_a_handler_names_the_customer(how: str, model: Any, vluna: Vluna, custom
     assert booked(shared_gate, vluna, customer) == 1
 
 
+@pytest.mark.parametrize("how", ["invoke", "ainvoke"])
+def test_a_stream_inside_of_a_whole_call_has_the_same_run(
+    how: str, model: Any, vluna: Vluna, customer: str, shared_gate: Sandbox
+) -> None:
+    """As LangGraph streams: LangChain hands its own ``_stream`` no run manager."""
+    if how == "invoke":
+        model.invoke("hi", paying(customer), stream=True)
+    else:
+        run(model.ainvoke("hi", paying(customer), stream=True))
+    assert booked(shared_gate, vluna, customer) == 1
+    assert len(shared_gate.booked(customer).entries[0].labels["run_id"]) == 36
+
+
+def test_a_customer_that_cannot_be_right_is_told_where_nothing_is_refused(
+    bare: Any, make_vluna: Any, customer: str, shared_gate: Sandbox
+) -> None:
+    """Observed, the call goes on, and the surrounding context pays."""
+    vluna = make_vluna(mode="observe")
+    with call_context(principal_id=customer):
+        wrap_model(bare, vluna).invoke("hi", {"metadata": {"vluna": 7}})
+    assert booked(shared_gate, vluna, customer) == 1
+
+
 @WAYS
 def test_a_handler_is_inherited(how: str, model: Any, vluna: Vluna, customer: str, shared_gate: Sandbox) -> None:
     """Through a chain, whose config names neither model nor customer."""

@@ -7,8 +7,7 @@ with the reasoning.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..context import CallContext
@@ -19,34 +18,24 @@ from ..slot import Slot, inside
 from ..tap import INLINE_SECONDS
 from ..usage import TokenUsage
 from ..usage.normalize import normalize_usage
-from ._langchain_run import Run, paid_by
+from ._langchain_run import paid_by
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
-
-_metered: ContextVar[object | None] = ContextVar("vluna_llm_langchain_model", default=None)
 
 _NAMES = ("model_name", "model", "model_id", "deployment_name", "repo_id")
 _FINISHED = ("finish_reason", "stop_reason", "done_reason", "finishReason", "stopReason")
 
 
-def is_inside(model: object) -> bool:
-    """Whether this is a step of a call of this very model, such as ``_generate`` that reads its own ``_stream``."""
-    return _metered.get() is model
-
-
 class MessagesCall:
     """The operation of one call, and what a `vluna_llm.tap.Sink` is asked.
 
-    A metered client that the model uses inside claims the operation and settles it.
+    What is metered inside claims the operation and settles it: a client, another model, or this model's own ``_stream``
+    where its ``_generate`` is made of that.
     """
 
-    def __init__(
-        self, vluna: Vluna, model: object, run: Run, payer: CallContext, bound: CallContext | None, call: ModelCall
-    ) -> None:
+    def __init__(self, vluna: Vluna, payer: CallContext, bound: CallContext | None, call: ModelCall) -> None:
         self.vluna = vluna
-        self.run = run
-        self._model = model
         self._payer = payer
         self._bound = bound
         self._call = call
@@ -87,17 +76,8 @@ class MessagesCall:
     @contextmanager
     def running(self) -> Iterator[None]:
         """What the model does in the ``with`` belongs to this call."""
-        token = _metered.set(self._model)
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(inside(self._slot))
-                stack.enter_context(paid_by(self._payer, self._bound))
-                yield
-        finally:
-            try:
-                _metered.reset(token)
-            except ValueError:
-                pass  # left in another task than it was entered in, which never saw it
+        with inside(self._slot), paid_by(self._payer, self._bound):
+            yield
 
     # -- how it ends -------------------------------------------------------------------------------------------------
 

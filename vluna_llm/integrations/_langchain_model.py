@@ -27,7 +27,7 @@ from pydantic import PrivateAttr
 from ..context import CallContext, make_context
 from ..errors import VlunaError
 from ..tap import INLINE_SECONDS
-from ._langchain_call import MessagesCall, describe, is_inside
+from ._langchain_call import MessagesCall, describe
 from ._langchain_clients import fields_of, forget_late_clients, meter_clients
 from ._langchain_run import Run, noted, paid_by, payer_of, run_of_call, run_of_config, run_of_manager
 from ._langchain_stream import AsyncItems, SyncItems
@@ -351,21 +351,21 @@ def _messages_methods(base: type[Any]) -> dict[str, Any]:
 
     def opened(
         self: Any, messages: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: bool
-    ) -> MessagesCall | None:
+    ) -> tuple[Run, MessagesCall] | None:
         mine = metering_of(self)
         assert mine is not None
-        if mine.vluna.mode == "off" or is_inside(self):
+        if mine.vluna.mode == "off":
             return None
         run = run_of_call(_manager_in(args, kwargs))
         asked = {name: value for name, value in kwargs.items() if name not in ("stop", "run_manager")}
         stop = kwargs.get("stop") or (args[0] if args else None)
         call = describe(self, messages, stop, asked, stream=stream)
-        return MessagesCall(mine.vluna, self, run, payer_of(run, mine.vluna), mine.bound, call)
+        return run, MessagesCall(mine.vluna, payer_of(run, mine.vluna), mine.bound, call)
 
     @functools.wraps(base._generate)
     def _generate(self: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        call = opened(self, messages, args, kwargs, stream=False)
-        if call is None or not call.begin():
+        found = opened(self, messages, args, kwargs, stream=False)
+        if found is None or not (call := found[1]).begin():
             return base._generate(self, messages, *args, **kwargs)
         try:
             with call.running():
@@ -379,8 +379,8 @@ def _messages_methods(base: type[Any]) -> dict[str, Any]:
 
     @functools.wraps(base._agenerate)
     async def _agenerate(self: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        call = opened(self, messages, args, kwargs, stream=False)
-        if call is None or not await call.abegin():
+        found = opened(self, messages, args, kwargs, stream=False)
+        if found is None or not await (call := found[1]).abegin():
             return await base._agenerate(self, messages, *args, **kwargs)
         try:
             with call.running():
@@ -394,21 +394,25 @@ def _messages_methods(base: type[Any]) -> dict[str, Any]:
 
     @functools.wraps(base._stream)
     def _stream(self: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        call = opened(self, messages, args, kwargs, stream=True)
-        if call is None:
+        found = opened(self, messages, args, kwargs, stream=True)
+        if found is None:
             return base._stream(self, messages, *args, **kwargs)
         hides = _asks_usage(base._stream, self, kwargs)
         asked = {**kwargs, "stream_usage": True} if hides else kwargs
-        return SyncItems(call, lambda: base._stream(self, messages, *args, **asked), hides_usage=hides)
+        run, call = found  # the stream does not know its run: what is told at its end must not keep it alive
+        run.items = SyncItems(call, lambda: base._stream(self, messages, *args, **asked), hides_usage=hides)
+        return run.items
 
     @functools.wraps(base._astream)
     def _astream(self: Any, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        call = opened(self, messages, args, kwargs, stream=True)
-        if call is None:
+        found = opened(self, messages, args, kwargs, stream=True)
+        if found is None:
             return base._astream(self, messages, *args, **kwargs)
         hides = _asks_usage(base._astream, self, kwargs)
         asked = {**kwargs, "stream_usage": True} if hides else kwargs
-        return AsyncItems(call, lambda: base._astream(self, messages, *args, **asked), hides_usage=hides)
+        run, call = found
+        run.items = AsyncItems(call, lambda: base._astream(self, messages, *args, **asked), hides_usage=hides)
+        return run.items
 
     # Events that a model makes itself have no chunks to read: LangChain then makes them from ``_stream``.
     own = {name: None for name in ("_stream_chat_model_events", "_astream_chat_model_events") if hasattr(base, name)}

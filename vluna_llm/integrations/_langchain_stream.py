@@ -40,7 +40,6 @@ class _Items:
         self._reader = ChunkReader()
         self._watch = Watch(self._reader, call, call.vluna.internal_error, event_stream=True)  # type: ignore[arg-type]
         self._watch.told = True  # nothing to tell before the gate was asked
-        call.run.items = self
 
     def _begun(self, metered: bool) -> None:
         if metered:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from langchain_core.runnables import RunnableLambda, RunnableParallel
 from langchain_stage import HttpModel, openai_model, run
 from provider import Provider
 
@@ -15,6 +14,8 @@ from vluna_llm import Vluna, call_context
 from vluna_llm.errors import ConfigurationError, GateDenied, MissingPrincipal
 from vluna_llm.integrations.langchain import VlunaCallbackHandler, may_retry, wrap_model
 from vluna_llm.sandbox import Sandbox
+
+from langchain_core.runnables import RunnableLambda, RunnableParallel  # isort: skip  # after it is known to be there
 
 
 @pytest.fixture(params=["client", "messages"])

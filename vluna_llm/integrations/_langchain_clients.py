@@ -7,22 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..context import CallContext
 from ..errors import ConfigurationError
+from ._langchain_run import CONTEXT_FIELDS
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
 
 _MADE_LATE: Final = ("_client", "_async_client")
 """Under these names models make their clients at the first call (``ChatAnthropic``)."""
-_FIELDS: Final = (
-    "principal_id",
-    "user_id",
-    "feature_code",
-    "feature_family_code",
-    "budget_id",
-    "labels",
-    "end_user",
-    "request_id",
-)
 
 
 def meter_clients(model: Any, vluna: Vluna, bound: CallContext | None) -> bool:
@@ -74,7 +65,7 @@ def _meter(client: Any, vluna: Vluna, bound: CallContext | None) -> Any:
 
 def fields_of(context: CallContext) -> dict[str, Any]:
     """What the context sets, as arguments."""
-    found = {name: getattr(context, name) for name in _FIELDS}
+    found = {name: getattr(context, name) for name in CONTEXT_FIELDS}
     given = {name: value for name, value in found.items() if value is not None and name != "labels"}
     return {**given, "labels": dict(context.labels)} if context.labels else given
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..vluna import Vluna
 
 METADATA_KEY: Final = "vluna"
-_FIELDS: Final = (
+CONTEXT_FIELDS: Final = (
     "principal_id",
     "user_id",
     "feature_code",
@@ -149,9 +149,11 @@ def context_of(payer: object, what: str) -> CallContext:
         payer = {"principal_id": payer}
     if not isinstance(payer, Mapping):
         raise ConfigurationError(f"{what} a {type(payer).__name__}; name the customer: {{'principal_id': '...'}}.")
-    unknown = [str(name) for name in payer if name not in _FIELDS]
+    unknown = [str(name) for name in payer if name not in CONTEXT_FIELDS]
     if unknown:
-        raise ConfigurationError(f"{what} a mapping with {', '.join(sorted(unknown))}; it takes {', '.join(_FIELDS)}.")
+        raise ConfigurationError(
+            f"{what} a mapping with {', '.join(sorted(unknown))}; it takes {', '.join(CONTEXT_FIELDS)}."
+        )
     return make_context(**payer)
 
 

@@ -1,0 +1,123 @@
+"""Middleware of LangChain's agents: every model that the agent calls is metered, and tools that cost money are."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+try:
+    from langchain.agents.middleware import AgentMiddleware
+except ImportError as error:
+    raise ImportError("VlunaMiddleware needs LangChain's agents: pip install langchain", name="langchain") from error
+
+from ..context import make_context
+from ._langchain_model import meter
+from ._langchain_run import paid_by, payer_of, run_of_config
+
+if TYPE_CHECKING:
+    from ..manual import OperationContext
+    from ..vluna import Vluna
+
+
+def _one(result: Any) -> int:
+    return 1
+
+
+@dataclass(frozen=True, slots=True)
+class BillableTool:
+    """A tool that costs money.
+
+    Attributes:
+        feature_code: what is sold.
+        estimate: about how much, in the feature's unit.
+        quantity: what a result (``ToolMessage`` or ``Command``) comes to; 0 charges nothing.
+        feature_family_code: its family.
+    """
+
+    feature_code: str
+    estimate: int = 1
+    quantity: Callable[[Any], int] = _one
+    feature_family_code: str | None = None
+
+
+class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
+    """Meters the models and the billable tools of an agent: ``create_agent(..., middleware=[..., VlunaMiddleware()])``.
+
+    Put it last, so that it also sees models that other middleware brings in (fallbacks, routers). A tool that fails, is
+    interrupted or answers with an error is not charged; one that the gate refuses is not run.
+
+    Args:
+        vluna: what meters; `Vluna.default()` where not given.
+        tools: by the tool's name, its feature code or a `BillableTool`.
+        **bound: who pays, as `Vluna.bind` takes it; wins over the config and the call context.
+
+    Raises:
+        ConfigurationError: an id or a code cannot be right.
+    """
+
+    def __init__(
+        self, vluna: Vluna | None = None, *, tools: Mapping[str, str | BillableTool] | None = None, **bound: Any
+    ) -> None:
+        super().__init__()
+        if vluna is None:
+            from ..vluna import Vluna
+
+            vluna = Vluna.default()
+        self.vluna = vluna
+        self._bound = make_context(**bound) if bound else None
+        self._tools = {
+            name: BillableTool(found) if isinstance(found, str) else found for name, found in (tools or {}).items()
+        }
+        for tool in self._tools.values():
+            self._operation(tool)
+
+    def wrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
+        """The model is metered."""
+        return handler(self._metered(request))
+
+    async def awrap_model_call(self, request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
+        """The model is metered."""
+        return await handler(self._metered(request))
+
+    def wrap_tool_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
+        """A billable tool is an operation of its own."""
+        tool = self._tools.get(request.tool_call["name"])
+        with self._paid(request):
+            if tool is None:
+                return handler(request)
+            with self._operation(tool) as op:
+                result = handler(request)
+                op.record(quantity=_quantity(tool, result))
+                return result
+
+    async def awrap_tool_call(self, request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
+        """A billable tool is an operation of its own."""
+        tool = self._tools.get(request.tool_call["name"])
+        with self._paid(request):
+            if tool is None:
+                return await handler(request)
+            async with self._operation(tool) as op:
+                result = await handler(request)
+                op.record(quantity=_quantity(tool, result))
+                return result
+
+    def _metered(self, request: Any) -> Any:
+        model = meter(request.model, self.vluna, self._bound)
+        return request if model is request.model else request.override(model=model)
+
+    def _operation(self, tool: BillableTool) -> OperationContext:
+        return self.vluna.operation(
+            feature_code=tool.feature_code, estimate=tool.estimate, feature_family_code=tool.feature_family_code
+        )
+
+    @contextmanager
+    def _paid(self, request: Any) -> Iterator[None]:
+        run = run_of_config(getattr(request.runtime, "config", None))
+        with paid_by(payer_of(run, self.vluna), self._bound):
+            yield
+
+
+def _quantity(tool: BillableTool, result: Any) -> int:
+    return 0 if getattr(result, "status", None) == "error" else tool.quantity(result)

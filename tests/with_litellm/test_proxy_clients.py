@@ -329,7 +329,8 @@ def test_a_websocket_bills_the_key_and_nobody_else(stage: Stage, team: str, vict
     """The events of ``/v1/responses`` as a WebSocket come long after the hook, and are calls of their own."""
     client = pytest.importorskip("websockets.sync.client", reason="pip install websockets")
     said: dict[str, Any] = {"metadata": _said(victim), "litellm_metadata": {**_said(victim), **_key_of(victim)}}
-    asking: dict[str, Any] = {"model": "claude", "input": "hi"}
+    # 1.83 takes the event's model for LiteLLM's own name of it, and knows the proxy's names at the connection alone.
+    asking: dict[str, Any] = {"model": "anthropic/claude-sonnet-4-5" if OLD else "claude", "input": "hi"}
     event = {"type": "response.create", **asking, **(said if where != "the response" else {})}
     if where != "the event":
         event["response"] = {**asking, **said}

@@ -53,15 +53,25 @@ class Watch:
         sink: is told the ending, once.
         report: is called inside an ``except`` block where our own code failed; gets the place.
         event_stream: the answer was announced as an event stream.
+        page: it was announced as a page for people to read, as something on the way to a model serves it.
     """
 
-    __slots__ = ("cancelled", "event_stream", "reader", "report", "sink", "told")
+    __slots__ = ("cancelled", "event_stream", "page", "reader", "report", "sink", "told")
 
-    def __init__(self, reader: StreamReader, sink: Sink, report: Callable[[str], None], *, event_stream: bool) -> None:
+    def __init__(
+        self,
+        reader: StreamReader,
+        sink: Sink,
+        report: Callable[[str], None],
+        *,
+        event_stream: bool,
+        page: bool = False,
+    ) -> None:
         self.reader = reader
         self.sink = sink
         self.report = report
         self.event_stream = event_stream
+        self.page = page
         self.told = False
         self.cancelled = False
 
@@ -118,14 +128,15 @@ class Watch:
         return self.event_stream if framing == "unknown" else framing in ("sse", "ndjson")
 
     def end_of_bytes(self) -> None:
-        """The provider sent all there is; an event stream that did not say so was cut (design rule 4)."""
+        """The provider sent all there is; an event stream that did not say so was cut (design rule 4), and a page is no
+        answer of a model."""
         if self.told:
             return
         try:
             self.reader.end()
         except Exception:
             self.report("tap.end")
-        whole = self.reader.finished or not (self.streams or self.reader._framing == "json")
+        whole = self.reader.finished or not (self.streams or self.page or self.reader._framing == "json")
         self.settle("complete" if whole else "error")
 
     def broke(self, error: BaseException) -> None:

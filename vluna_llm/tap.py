@@ -66,7 +66,7 @@ def tap(
     plain = content_type.partition(";")[0].strip().lower()
     event_stream = plain in ("", "text/event-stream") or "stream" in plain or "ndjson" in plain or "jsonl" in plain
     reader = reader or StreamReader(url, content_type or None, hide_usage_chunk=hide_usage_chunk)
-    watch = Watch(reader, sink, report, event_stream=event_stream)
+    watch = Watch(reader, sink, report, event_stream=event_stream, page=plain == "text/html")
     decoder = Decoder.of(response)
     rewrite = decoder is not None and hide_usage_chunk
     if decoder is not None and rewrite:

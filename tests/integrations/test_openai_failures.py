@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pydantic
 import pytest
-from conftest import Bill, Colour, ask, each
+from conftest import Bill, Colour, ask, each, entered
 from provider import Provider
 
 from vluna_llm import Vluna
@@ -139,6 +139,21 @@ def test_a_2xx_that_is_no_answer_is_given_back(
 ) -> None:
     """A proxy's page, half a JSON object, an error under status 200: nobody knows of any work."""
     provider.behaviour = behaviour
+    both(colour, vluna, billed, program).cancelled_once()
+
+
+async def lines(client: Any) -> None:
+    async with entered(client.chat.completions.with_streaming_response.create(**CHAT)) as answer:
+        async for _ in each(answer.iter_lines()):
+            pass
+
+
+@pytest.mark.parametrize("program", [stream, lines], ids=lambda program: program.__name__)
+def test_a_page_in_the_place_of_a_stream_is_given_back(
+    program: Any, colour: Colour, vluna: Vluna, provider: Provider, billed: Any
+) -> None:
+    """Something on the way has answered, and no model."""
+    provider.behaviour = "html"
     both(colour, vluna, billed, program).cancelled_once()
 
 

@@ -390,7 +390,10 @@ def test_uninstalling_leaves_nothing_of_ours(
         await asyncio.sleep(0.3)
 
     books.run(vluna, lambda: asyncio.run(main()))
-    books.once()
+    if install:
+        books.once()
+    else:
+        books.estimated_once()  # hooks alone ask no upstream of the user's own for usage
     integration.uninstall()
     assert litellm.CustomStreamWrapper.__init__ is before
 

@@ -15,8 +15,11 @@ from books import MESSAGES, MODEL
 from provider import Provider, _data
 from upstream import Upstream, _UpstreamHandler
 
-NEW = hasattr(litellm.Router, "_aresponses_streaming_iterator")
-"""The line of 1.106: it continues broken streams of every API by a fallback."""
+CORE = hasattr(litellm.router, "_core_class")
+"""The line of 1.110: the Router that is made is a facade before the one that works."""
+
+NEW = CORE or hasattr(litellm.Router, "_aresponses_streaming_iterator")
+"""The line of 1.106, and later: it continues broken streams of every API by a fallback."""
 
 SETTINGS: dict[str, Any] = {"num_retries": 2, "retry_after": 0, "allowed_fails": 0, "cooldown_time": 60}
 """What makes a Router quick to retry, to fall back and to cool down."""
@@ -150,5 +153,7 @@ def chat(target: Any, *, is_async: bool, stream: bool = False, group: str = "cha
 
 def healthy(target: Any, group: str = "chat") -> int:
     """How many deployments of the group the Router would choose from now."""
+    if CORE:
+        return len(asyncio.run(target.select(group, kind="healthy")))
     found, _ = target._get_healthy_deployments(model=group, parent_otel_span=None)
     return len(found)

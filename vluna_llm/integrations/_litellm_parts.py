@@ -35,10 +35,11 @@ _WITHOUT: Final[Mapping[str, str]] = {
 
 
 def part(where: str) -> Any:
-    """The part of LiteLLM that is called so (``module:name``); None where this version has none there."""
+    """The part of LiteLLM that is called so (``module:name``, or a module); None where this version has none there."""
     module, _, name = where.partition(":")
     try:
-        return getattr(importlib.import_module(module), name, None)
+        found = importlib.import_module(module)
+        return getattr(found, name, None) if name else found
     except Exception:  # whatever a module of LiteLLM's raises when it is imported
         return None
 

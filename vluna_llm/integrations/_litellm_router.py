@@ -27,6 +27,7 @@ from ..telemetry import log
 from ._litellm_models import model_of
 from ._litellm_parts import ROUTER, part
 from ._litellm_route import OpenCall, current_route
+from ._litellm_router_core import FACADE, SEAMS
 from ._litellm_router_late import CONTINUE, CONTINUED, MIRRORED, carrying, continuing, keeping, nobodys
 from ._litellm_router_steps import (
     GENERIC,
@@ -80,9 +81,19 @@ def install_router(open_call: OpenCall) -> None:
     installed.open_call = open_call
     if _patched:
         return
-    # From 1.109 on the class that is made is a facade before the one that works.
-    router = part(ROUTER)
-    router = getattr(router, "_core_class", router)
+    _patch(litellm, "ahealth_check", functools.partial(nobodys, what="litellm.ahealth_check", quiet=True))
+    if part(FACADE) is None:
+        _install_on(part(ROUTER))
+        return
+    missing = [seam for seam in SEAMS if not _patch(seam.found(), seam.name, seam.patch)]
+    if missing:
+        log.warning(
+            "this version of LiteLLM has another Router than we know: %s",
+            "; ".join(f"no {seam.owner.replace(':', '.')}.{seam.name}: {seam.without}" for seam in missing),
+        )
+
+
+def _install_on(router: Any) -> None:
     for name, kind in METHODS.items():
         _patch(router, name, functools.partial(entry_of, kind=functools.partial(fixed_kind, kind)))
     for name in GENERIC:
@@ -100,7 +111,6 @@ def install_router(open_call: OpenCall) -> None:
         _patch(router, name, continuing)
     for name in MIRRORED:
         _patch(router, name, functools.partial(nobodys, what="litellm.router.silent_model", quiet=False))
-    _patch(litellm, "ahealth_check", functools.partial(nobodys, what="litellm.ahealth_check", quiet=True))
     if router is not None and (missing := _NEEDED - {name for _, name in _patched}):
         log.warning(
             "this version of LiteLLM has another Router than we know (%s): its retries and fallbacks are calls of "
@@ -121,15 +131,17 @@ def uninstall_router() -> None:
 _patched: dict[tuple[Any, str], tuple[Any, Any]] = {}
 
 
-def _patch(owner: Any, name: str, patch: Patch) -> None:
+def _patch(owner: Any, name: str, patch: Patch) -> bool:
+    """Whether there was something to patch."""
     if isinstance(owner, type):
         owner = next((home for home in owner.__mro__ if name in vars(home)), owner)
     before = None if owner is None else vars(owner).get(name)
     if not inspect.isfunction(before):
-        return  # this version of LiteLLM has no such method
+        return False  # this version of LiteLLM has no such method
     ours = functools.wraps(before)(patch(before, name))
     setattr(owner, name, ours)
     _patched[owner, name] = (before, ours)
+    return True
 
 
 def _alike(deployments: Any) -> bool:

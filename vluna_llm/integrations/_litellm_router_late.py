@@ -52,16 +52,31 @@ def continuing(original: Method, name: str) -> Method:
         kept = next((value for value in (*args, *kwargs.values()) if isinstance(value, Continuation)), None)
         if kept is None:
             return await original(self, *args, **kwargs)
-        return await _afollowed(kept.route, original, self, *args, **kwargs)
+        return await afollowed(kept.route, original, self, *args, **kwargs)
 
     return go_on
 
 
-async def _afollowed(route: Route, function: Method, *args: Any, **kwargs: Any) -> Any:
+async def afollowed(route: Route, function: Method, *args: Any, **kwargs: Any) -> Any:
+    """What goes on with a broken stream belongs to the call that it began in."""
     route.leave_stream()
     with route.entered():
         try:
             return await function(*args, **kwargs)
+        except Refused as refused:
+            error: BaseException = refused.error
+        except BaseException as failure:
+            error = failure
+        route.failed(error)
+    raise error
+
+
+def followed(route: Route, function: Method, *args: Any, **kwargs: Any) -> Any:
+    """`afollowed` for what does not wait."""
+    route.leave_stream()
+    with route.entered():
+        try:
+            return function(*args, **kwargs)
         except Refused as refused:
             error: BaseException = refused.error
         except BaseException as failure:
@@ -92,22 +107,12 @@ class _Carrier:
 
     def function_with_fallbacks(self, *args: Any, **kwargs: Any) -> Any:
         """As LiteLLM 1.83 goes on."""
-        route = self._route
-        route.leave_stream()
-        with route.entered():
-            try:
-                return self._router.function_with_fallbacks(*args, **kwargs)
-            except Refused as refused:
-                error: BaseException = refused.error
-            except BaseException as failure:
-                error = failure
-            route.failed(error)
-        raise error
+        return followed(self._route, self._router.function_with_fallbacks, *args, **kwargs)
 
     async def async_function_with_fallbacks_common_utils(self, *args: Any, **kwargs: Any) -> Any:
         """As LiteLLM 1.106 goes on, in a loop of its own and maybe in a thread of its own."""
         function = self._router.async_function_with_fallbacks_common_utils
-        return await _afollowed(self._route, function, *args, **kwargs)
+        return await afollowed(self._route, function, *args, **kwargs)
 
 
 # -- calls that nobody pays for ----------------------------------------------------------------------------------------

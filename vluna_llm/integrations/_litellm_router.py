@@ -83,7 +83,8 @@ def install_router(open_call: OpenCall) -> None:
         return
     _patch(litellm, "ahealth_check", functools.partial(nobodys, what="litellm.ahealth_check", quiet=True))
     if part(FACADE) is None:
-        _install_on(part(ROUTER))
+        router = part(ROUTER)
+        _install_on(getattr(router, "_core_class", router))  # in 1.109 the class that is made has the working one
         return
     missing = [seam for seam in SEAMS if not _patch(seam.found(), seam.name, seam.patch)]
     if missing:

@@ -29,9 +29,9 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/.made
 demo: $(VENV)/.demo  ## the main job in half a minute: no account, no key, no network
 	$(BIN)/vluna-llm demo
 
-test: $(VENV)/.test  ## all tests in their environments: both majors of the OpenAI SDK, two lines of LiteLLM
+test: $(VENV)/.test  ## all tests in their environments: both majors of the OpenAI SDK, three lines of LiteLLM
 	$(BIN)/tox run --skip-env litellm
-	$(BIN)/tox run-parallel --parallel 2 --parallel-live --parallel-no-spinner -e litellm_new,litellm_old
+	$(BIN)/tox run-parallel --parallel 2 --parallel-live --parallel-no-spinner -e litellm_new,litellm_old,litellm_newest
 
 test-long: $(VENV)/.test  ## the long tests alone
 	$(BIN)/tox run -e openai3 -- -m slow

@@ -9,10 +9,12 @@ from typing import Any
 import litellm
 import pytest
 from books import MESSAGES, MODEL, Books
-from routers import Pair, chat, deployment, healthy, router, two_providers
+from litellm.integrations.custom_logger import CustomLogger
+from routers import CORE, Pair, chat, deployment, healthy, router, two_providers
 
 from vluna_llm import Vluna, call_context
 from vluna_llm.errors import GateDenied, GateRateLimited, GateUnavailable, MissingPrincipal, VlunaError
+from vluna_llm.integrations._litellm_router_core import SEAMS
 from vluna_llm.sandbox import Sandbox
 
 STRATEGIES = ["simple-shuffle", "least-busy", "usage-based-routing-v2", "latency-based-routing"]
@@ -314,7 +316,19 @@ def test_a_refusal_is_no_failure_of_the_program_and_alerts_nobody(
     async def alert(**details: Any) -> None:
         alerts.append(details)
 
-    monkeypatch.setattr(litellm.router, "send_llm_exception_alert", alert)
+    class Failures(CustomLogger):  # type: ignore[misc]
+        """By these the line of 1.110 alerts."""
+
+        async def async_log_failure_event(self, *details: Any) -> None:
+            alerts.append(details)
+
+        async def log_failure_fallback_event(self, *details: Any) -> None:
+            alerts.append(details)
+
+    if CORE:
+        litellm.callbacks.append(Failures())
+    else:
+        monkeypatch.setattr(litellm.router, "send_llm_exception_alert", alert)
     shared_gate.set_credit(customer, 0)
     target = eager(pair)
 
@@ -385,17 +399,23 @@ def test_uninstalled_it_is_litellms_own(vluna: Vluna, pair: Pair, make_callback:
     """Every patched method is back, and a Router that was made in between works on."""
     from vluna_llm.integrations import litellm as integration
 
-    # From 1.109 on the class that is made is a facade before the one that works.
-    plain = getattr(litellm.Router, "_core_class", litellm.Router)
-    before = {name: value for name, value in vars(plain).items() if callable(value)}
+    # From 1.110 on the class that is made is a facade before others that work.
+    owners = {seam.owner: seam.found() for seam in SEAMS} if CORE else {"Router": litellm.Router}
+
+    def functions() -> dict[tuple[str, str], Any]:
+        found = ((where, name, value) for where, owner in owners.items() for name, value in vars(owner).items())
+        return {(where, name): value for where, name, value in found if callable(value)}
+
+    before = functions()
     health = litellm.ahealth_check
     make_callback(vluna)
-    assert vars(plain)["acompletion"] is not before["acompletion"]
+    patched = functions()
+    for where in owners:
+        assert any(patched[key] is not value for key, value in before.items() if key[0] == where), where
     assert litellm.ahealth_check is not health
     target = router([deployment(pair.first)])
     integration.uninstall()
-    after = {name: value for name, value in vars(plain).items() if callable(value)}
-    assert after == before
+    assert functions() == before
     assert litellm.ahealth_check is health
     chat(target, is_async=False)
     assert asyncio.run(_respond(target)) is not None

@@ -10,6 +10,7 @@ import litellm
 import pytest
 from books import Books
 from provider import Provider
+from routers import CORE
 from streaming import APIS, CHAT, Api, Reader, run, settled, whole
 
 from vluna_llm import Vluna
@@ -49,8 +50,8 @@ def test_the_chunks_are_those_of_bare_litellm(
     got: list[Any] = []
     settled(vluna, books, lambda: got.extend(run(api, whole, provider, is_async=is_async, **more)))
     assert [plain(item) for item in got] == bare
-    if api.name == "completion":
-        assert all(chunk.choices for chunk in got)
+    if api.name == "completion" and not (CORE and (asked or {}).get("include_usage")):
+        assert all(chunk.choices for chunk in got)  # 1.110 gives who asks a last chunk of usage alone, as OpenAI does
     assert more == before
     books.once()
 

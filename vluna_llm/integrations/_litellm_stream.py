@@ -33,6 +33,7 @@ __all__ = ["ask_usage", "is_refused", "remember_refusal", "watch"]
 
 _LINKS: Final = (
     "response",
+    "_response",
     "http_response",
     "completion_stream",
     "litellm_custom_stream_wrapper",

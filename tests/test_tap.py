@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Literal
@@ -471,3 +472,95 @@ def test_strange_responses_are_refused() -> None:
     with pytest.raises(TypeError):
         http_module(object())
     assert http_module(httpx.Response(200)) == "httpx"
+
+
+class _Chain(Source):
+    """A source that tells when the reading of it was given up, as httpcore's gives its connection back."""
+
+    given_up = 0
+
+    def _next(self) -> Iterator[bytes]:
+        try:
+            yield from super()._next()
+        except GeneratorExit:
+            self.given_up += 1
+            raise
+
+
+@pytest.mark.parametrize("read", [1, 4, 6], ids=["middle", "finished", "whole"])
+def test_a_dropped_reading_drops_the_source(read: int, http: Any) -> None:
+    """Without a collection, although the response is still held: so httpcore lets go of the connection without us."""
+    sink, source = Recorder(), _Chain([*ANSWER, b": more\n\n"])
+    response = opened(http, source, sink)
+    gc.disable()
+    try:
+        pieces = response.iter_raw()
+        for _ in range(read):
+            next(pieces)
+        pieces.close()
+        assert source.given_up == 1
+    finally:
+        gc.enable()
+    response.close()
+    assert sink.only.how == ("complete" if read == 6 else "closed")
+    assert (sink.only.usage is not None) is (read > 1)
+
+
+def test_a_reading_dropped_before_the_response_is_closed_can_be_drained(http: Any) -> None:
+    """``on_abort="drain"``: the source is kept for the close that may follow."""
+    sink, source = Recorder("drain"), Source([*ANSWER])
+    response = opened(http, source, sink)
+    pieces = response.iter_raw()
+    next(pieces)
+    pieces.close()
+    response.close()
+    assert _soon(lambda: bool(sink.endings))
+    assert sink.only.usage is not None
+
+
+@pytest.mark.parametrize("read", [1, 4, 6], ids=["middle", "finished", "whole"])
+def test_a_dropped_async_reading_drops_the_source(read: int, http: Any) -> None:
+    """The loop closes it, and what is below it, by and by."""
+
+    async def main() -> None:
+        response = opened(http, source, sink, is_async=True)
+        pieces = response.aiter_raw()
+        for _ in range(read):
+            await pieces.__anext__()
+        del pieces
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert source.given_up == 1
+        await response.aclose()
+
+    sink, source = Recorder(), _Chain([*ANSWER, b": more\n\n"])
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
+    assert (sink.only.usage is not None) is (read > 1)
+
+
+def test_an_async_reading_dropped_while_the_response_is_closed_is_read_on_once(http: Any) -> None:
+    """The loop closes what was dropped while the consumer's close reads the rest: it is told when that is done."""
+
+    async def main() -> None:
+        response = opened(http, source, sink, is_async=True, headers={"content-type": "application/json"})
+        pieces = response.aiter_raw()
+        await pieces.__anext__()
+        del pieces
+        await response.aclose()
+
+    sink = Recorder()
+    source = Source([b'{"id":"c1","choices":[{"index":0,', b'"message":{}}],', b'"usage":', b"{}", b"}"])
+    source.pieces[3] = b'{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}'
+    asyncio.run(main())
+    assert sink.only.usage is not None
+
+
+def _soon(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 5
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return holds()

@@ -83,6 +83,25 @@ def test_aclose_of_an_anthropic_stream_settles_at_once(metered: Vluna, upstream:
     books.cancelled(FEATURE)
 
 
+def test_aclose_of_an_anthropic_stream_drains_it(
+    make_vluna: Any, make_callback: Any, upstream: Upstream, books: Books
+) -> None:
+    """``on_abort="drain"``, also on the line of LiteLLM whose iterator for Anthropic has no way to close."""
+    vluna = make_vluna(on_abort="drain")
+    make_callback(vluna)
+    upstream.behaviour = "slow"
+    upstream.pause = 0.01
+
+    async def leave(reader: Reader) -> None:
+        await two(reader)
+        await reader.stream.aclose()
+        await asyncio.sleep(1)
+
+    base = upstream.anthropic_base
+    settled_without_collecting(vluna, books, lambda: run(ANTHROPIC, leave, upstream, is_async=True, api_base=base))
+    books.once(FEATURE)
+
+
 @COLOURS
 @pytest.mark.parametrize("behaviour", ["cut", "ends_early", "error_event"])
 def test_a_truncated_anthropic_stream_costs_nothing(

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Literal, Protocol
 
-from .ending import Ending
+from .ending import Ending, generated_tokens
 from .usage.stream import StreamReader
 
 REST_CHUNKS = 8
@@ -115,7 +115,7 @@ class Watch:
             finished=reader.finished,
             finish_reason_seen=reader.finish_reason_seen,
             failed=reader.failed,
-            output_tokens=(characters + 3) // 4 or None,
+            output_tokens=generated_tokens(characters) or None,
             response_id=reader.response_id,
             model=reader.model,
         )

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from .types import UsageSource
 from .usage.types import TokenUsage
 
 OnAbort = Literal["cancel", "estimate", "drain"]
+
+_CHARACTERS_PER_TOKEN: Final = 4
+
+
+def generated_tokens(characters: int) -> int:
+    """About how many tokens these characters were that a model has written: four to a token, rounded up.
+
+    For answers that bring no usage (design rules 4 and 5). A request, which is known before, is measured better:
+    `vluna_llm.usage.estimate`.
+    """
+    return -(-characters // _CHARACTERS_PER_TOKEN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, Final, Literal, cast
 from urllib.parse import urlsplit
 
-from ..ending import Ending
+from ..ending import Ending, generated_tokens
 from ..lifecycle import ModelCall, Operation
 from ..slot import Slot
 from ..usage.events import EventReader
@@ -22,7 +22,6 @@ _LITELLM: Final = "agents.extensions.models.litellm_model"
 _ADAPTERS: Final = "agents.extensions.models."
 _SETTINGS: Final = 2
 """Where ``model_settings`` stand among the positional arguments of ``stream_response``."""
-_CHARACTERS_PER_TOKEN: Final = 4
 _TERMINAL: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
 _ERRORS: Final = frozenset({"error", "response.error"})
 
@@ -129,7 +128,9 @@ def ending_of(response: Any) -> Ending:
         usage=usage,
         finished=True,
         finish_reason_seen=True,
-        output_tokens=None if usage is not None else _tokens(_characters(getattr(response, "output", ()))) or None,
+        output_tokens=None
+        if usage is not None
+        else generated_tokens(_characters(getattr(response, "output", ()))) or None,
         response_id=response_id if response_id != _NO_ID else None,
     )
 
@@ -171,10 +172,6 @@ def _characters(output: Iterable[Any]) -> int:
                 texts = (part.get(name) for name in ("text", "refusal", "arguments", "name"))
                 count += sum(len(text) for text in texts if isinstance(text, str))
     return count
-
-
-def _tokens(characters: int) -> int:
-    return -(-characters // _CHARACTERS_PER_TOKEN)
 
 
 class EventItems(EventReader):

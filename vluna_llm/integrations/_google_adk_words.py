@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Final
 
-from ..ending import Ending
+from ..ending import Ending, generated_tokens
 from ..lifecycle import ModelCall
 from ..usage import TokenUsage
 from ..usage.normalize import normalize_usage
 
-_CHARACTERS_PER_TOKEN: Final = 4
 _FAMILIES: Final = (("gemini", "google"), ("gemma", "google"), ("claude", "anthropic"), ("gpt-", "openai"))
 _MADE_BY: Final = {"google_llm": "google", "gemma_llm": "google", "anthropic_llm": "anthropic"}
 """The modules of ADK's own models, and whom they ask."""
@@ -163,7 +162,7 @@ class Seen:
             finished=whole,
             finish_reason_seen=whole,
             failed=failed,
-            output_tokens=None if self._usage is not None else -(-self._characters // _CHARACTERS_PER_TOKEN),
+            output_tokens=None if self._usage is not None else generated_tokens(self._characters),
             response_id=getattr(final, "interaction_id", None),
             model=getattr(final, "model_version", None),
         )

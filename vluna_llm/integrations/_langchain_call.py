@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..context import CallContext
-from ..ending import Ending
+from ..ending import Ending, generated_tokens
 from ..errors import VlunaError
 from ..lifecycle import ModelCall, Operation
 from ..slot import Slot, inside
@@ -184,7 +184,7 @@ def ending_of(result: Any) -> Ending:
         how="complete",
         usage=usage,
         finished=True,
-        output_tokens=(text + 3) // 4 or None,
+        output_tokens=generated_tokens(text) or None,
         response_id=response_id_of(first),
         model=model_of(first),
     )

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-from ..ending import Ending
+from ..ending import Ending, generated_tokens
 from ..lifecycle import ModelCall
 from ..usage import BodyFacts, StreamReader, TokenUsage, make_reader, read_body
 from ..usage.body import facts_of
@@ -48,8 +48,6 @@ _COUNTED_HERE: Final = frozenset(
 )
 _COUNTED_AGENTS: Final = ("agents/", "agentcore/", "agent_engine/")
 _COUNTED_EMBEDDINGS: Final = frozenset({"google", "huggingface", "triton"})
-
-_CHARACTERS_PER_TOKEN: Final = 4
 
 _URL: Final[Mapping[str, str]] = {
     "chat.completions": "/chat/completions",
@@ -92,7 +90,7 @@ def ending_of(response: Any, model_call: ModelCall, raw: object = None) -> Endin
         finished=True,
         finish_reason_seen=not failed or usage is not None,
         failed=failed,
-        output_tokens=_tokens(characters) if characters else None,
+        output_tokens=generated_tokens(characters) if characters else None,
         # LiteLLM makes up an id where the provider's was lost.
         response_id=(body.response_id if body is not None else None) or response_id,
         model=(body.model if body is not None else None) or model,
@@ -143,7 +141,7 @@ def _usage_in(raw: object, model_call: ModelCall) -> TokenUsage | None:
 
 def tokens_in(response: Any) -> int | None:
     """About how many tokens the model has produced in this answer; None where that cannot be told."""
-    return _tokens(generated_characters(response)) or None
+    return generated_tokens(generated_characters(response)) or None
 
 
 def costs_nothing(response: Any, raw: object = None, kwargs: Mapping[str, Any] | None = None) -> bool:
@@ -205,7 +203,7 @@ class ChunkReader(EventReader):
     @property
     def output_tokens(self) -> int:
         """About how many tokens that is."""
-        return _tokens(self.output_characters)
+        return generated_tokens(self.output_characters)
 
     def read(self, item: Any) -> bool:
         """Read the next item; True where usage, finish, failure or the end became known with it."""
@@ -333,7 +331,3 @@ def _read_raw(raw: object, model_call: ModelCall) -> BodyFacts | None:
     if raw is None or member(raw, "usage") is None:
         return None
     return facts_of((said_by(raw),))
-
-
-def _tokens(characters: int) -> int:
-    return -(-characters // _CHARACTERS_PER_TOKEN)

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
-from ..ending import Ending
+from ..ending import Ending, generated_tokens
 from ..lifecycle import ModelCall
 from ..usage import TokenUsage
 from ..usage.normalize import normalize_usage
 from ._openai_endpoints import provider_of
 
-_CHARACTERS_PER_TOKEN: Final = 4
 _SYSTEMS: Final = {
     "google-gla": "google",
     "google-vertex": "google",
@@ -159,7 +158,7 @@ def ending_of(response: Any) -> Ending:
         finished=not failed,
         finish_reason_seen=not failed,
         failed=failed,
-        output_tokens=None if usage is not None else generated_tokens(response),
+        output_tokens=None if usage is not None else tokens_of(response),
         response_id=response.provider_response_id,
         model=response.model_name,
     )
@@ -181,7 +180,7 @@ def stream_ending_of(stream: Any, how: Literal["complete", "closed", "error"]) -
         finished=how == "complete" and seen,
         finish_reason_seen=seen,
         failed=reason == "error",
-        output_tokens=None if usage is not None else generated_tokens(stream.get()),
+        output_tokens=None if usage is not None else tokens_of(stream.get()),
         response_id=stream.provider_response_id,
         model=stream.model_name,
     )
@@ -192,7 +191,7 @@ def _counts_provisionally(stream: Any) -> bool:
     return any(kind.__module__.startswith("pydantic_ai.models.anthropic") for kind in type(stream).__mro__)
 
 
-def generated_tokens(response: Any) -> int:
+def tokens_of(response: Any) -> int:
     """About how many tokens the model has produced."""
     characters = 0
     for part in response.parts:
@@ -202,4 +201,4 @@ def generated_tokens(response: Any) -> int:
                 characters += len(value)
             elif isinstance(value, dict):
                 characters += len(json.dumps(value, default=str))
-    return -(-characters // _CHARACTERS_PER_TOKEN)
+    return generated_tokens(characters)

@@ -20,7 +20,7 @@ from conftest import Bill, MakeVluna, ask, each, entered, settled
 from upstream import Recorded, Upstream
 
 from vluna_llm import Vluna, call_context
-from vluna_llm.errors import ConfigurationError, GateRateLimited, MissingPrincipal
+from vluna_llm.errors import BudgetExceeded, ConfigurationError, GateRateLimited, MissingPrincipal
 from vluna_llm.integrations.httpx import AsyncMeteringTransport, MeteringTransport
 from vluna_llm.sandbox import Sandbox
 
@@ -221,6 +221,21 @@ def test_the_exception_is_beside_the_answer(http: Http, gate: Sandbox, make_vlun
     nobody = http.run(program, http.client(make_vluna(gate)))
     assert nobody.status_code == 403
     assert isinstance(nobody.extensions["vluna_error"], MissingPrincipal)
+
+
+def test_a_task_beyond_its_limit_is_refused_as_a_budget(
+    http: Http, make_vluna: MakeVluna, gate: Sandbox, provider: Upstream
+) -> None:
+    """402 like every want of money, not a fault of the request."""
+
+    async def program(client: Any) -> Any:
+        with call_context(max_tokens=1):
+            return await ask(client.post("/v1/chat/completions", json=CHAT))
+
+    response = http.run(program, http.client(make_vluna(gate), principal_id="alice"))
+    assert (response.status_code, json.loads(response.content)["error"]["type"]) == (402, "budget")
+    assert isinstance(response.extensions["vluna_error"], BudgetExceeded)
+    assert provider.requests == []
 
 
 @pytest.mark.parametrize(("fault", "status"), [("credit", 402), ("rate", 429)])

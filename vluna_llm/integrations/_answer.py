@@ -73,7 +73,7 @@ class Answer:
 
 
 def answer_to(error: VlunaError) -> Answer:
-    """How a refusal is told to the client of a proxy.
+    """How a refusal is told to a client over HTTP, such as that of a proxy or a web application.
 
     A denial is the customer's business and is told as the gate put it. What only the operator can mend (a key that
     names nobody, a setting, a gate that is away) is told without what the operator alone should see.

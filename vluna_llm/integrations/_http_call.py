@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import GateDenied, GateRateLimited, GateUnavailable, MissingPrincipal, OutboxUnavailable, VlunaError
+from ..errors import ConfigurationError, VlunaError
 from ..lifecycle import ModelCall
+from ._answer import answer_to
 from ._anthropic_call import AnthropicCall
 from ._anthropic_call import prepare as prepare_anthropic
 from ._openai_call import prepare as prepare_openai
@@ -152,25 +152,16 @@ class RefusedOption(Exception):
 
 
 def refusal(error: VlunaError, request: Any) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """Status, headers and body that stand for a refusal, in the shape of the provider that was not asked."""
-    status, reason = _told(error)
-    headers = {"x-should-retry": "false"}
-    if isinstance(error, GateRateLimited) and error.retry_after is not None:
-        headers["retry-after"] = str(math.ceil(error.retry_after))
-    message = str(error)
+    """Status, headers and body that stand for a refusal, in the shape of the provider that was not asked.
+
+    Whoever put the transport there reads it, and nobody else: the message is the error's own, and a setting that is
+    wrong is the request's fault (400), not a client's that may not.
+    """
+    answer, message = answer_to(error), str(error)
+    if isinstance(error, ConfigurationError):
+        answer = replace(answer, status=400, kind="invalid_request_error")
+    headers = {"x-should-retry": "false", **answer.headers()}
     if _speaks_anthropic(request):
-        return status, headers, {"type": "error", "error": {"type": reason, "message": message}}
-    code = getattr(error, "code", None)
-    return status, headers, {"error": {"message": message, "type": reason, "param": None, "code": code}}
-
-
-def _told(error: VlunaError) -> tuple[int, str]:
-    if isinstance(error, GateRateLimited):
-        return 429, "rate_limit_error"
-    if isinstance(error, GateDenied):
-        return (403 if error.reason in ("entitlement", "disabled") else 402), error.reason
-    if isinstance(error, MissingPrincipal):
-        return 403, "missing_principal"
-    if isinstance(error, (GateUnavailable, OutboxUnavailable)):
-        return 503, "gate_unavailable"
-    return 400, "invalid_request_error"
+        return answer.status, headers, {"type": "error", "error": {"type": answer.kind, "message": message}}
+    body = {"message": message, "type": answer.kind, "param": None, "code": answer.code}
+    return answer.status, headers, {"error": body}

@@ -29,7 +29,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"telemetry", "pricing", "gauges"}),
     frozenset({"tap", "_tap_watch", "_tap_wire"}),
     frozenset({"operation", "policy", "ending", "usage", "backlog", "alarm"}),
-    frozenset({"settings", "context", "budget", "identity", "errors", "types", "reentry", "failpoints"}),
+    frozenset({"settings", "context", "budget", "identity", "errors", "types", "reentry", "scoped", "failpoints"}),
 )
 FLOOR_OF = {unit: number for number, floor in enumerate(FLOORS) for unit in floor}
 # Two words that the lowest floor borrows from the one above: the record TokenUsage and the literal MetersMode.

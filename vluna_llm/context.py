@@ -18,6 +18,7 @@ from .budget import Amount, Limits
 from .errors import GateError
 from .identity import validate_code, validate_id, validate_labels
 from .reentry import held
+from .scoped import scoped, unset
 from .types import Receipt
 from .usage.types import TokenUsage
 
@@ -387,11 +388,7 @@ class call_context:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         _, token = self._entered.pop()
-        try:
-            _current.reset(token)
-        except ValueError:
-            # Left in another task than it was entered in (a generator closed elsewhere): that task never saw it.
-            pass
+        unset(_current, token)
 
     async def __aenter__(self) -> Scope:
         return self.__enter__()
@@ -406,27 +403,15 @@ class call_context:
 def within(context: CallContext) -> Iterator[CallContext]:
     """Let what this context sets win in the ``with``, and add up nothing: for layers that have captured who pays."""
     merged = current_context().override(context)
-    token = _current.set(merged)
-    try:
+    with scoped(_current, merged):
         yield merged
-    finally:
-        try:
-            _current.reset(token)
-        except ValueError:
-            pass  # left in another task than it was entered in, which never saw it
 
 
 @contextmanager
 def afresh() -> Iterator[None]:
     """Nothing of the surrounding context holds in the ``with``: a server may have been started in somebody's."""
-    token = _current.set(None)
-    try:
+    with scoped(_current, None):
         yield
-    finally:
-        try:
-            _current.reset(token)
-        except ValueError:
-            pass  # left in another task than it was entered in, which never saw it
 
 
 def enter_context(context: CallContext) -> None:

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Literal
 
 from .lifecycle import Operation
+from .scoped import scoped
 
 Claim = Literal["open", "claimed", "passed_on"]
 
@@ -99,11 +100,5 @@ def open_slot() -> Slot | None:
 @contextmanager
 def inside(slot: Slot) -> Iterator[Slot]:
     """Offer the slot to what is called in the ``with``."""
-    token = _open.set(slot)
-    try:
+    with scoped(_open, slot):
         yield slot
-    finally:
-        try:
-            _open.reset(token)
-        except ValueError:
-            pass  # left in another task than it was entered in, which never saw it

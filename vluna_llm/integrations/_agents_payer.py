@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..context import CallContext, make_context, within
 from ..errors import ConfigurationError
+from ..scoped import scoped
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -111,9 +112,5 @@ def paying(vluna: Vluna, turn: Turn | None) -> Iterator[None]:
 def inheriting(identity: Identity, context: Any) -> Iterator[None]:
     """What runs in the ``with`` (a tool, and the runs inside it) bills whom this run's context names."""
     payer = read(identity, context)
-    token = _inherited.set(identity)
-    try:
-        with within(payer) if payer is not None else nullcontext():
-            yield
-    finally:
-        _inherited.reset(token)
+    with scoped(_inherited, identity), within(payer) if payer is not None else nullcontext():
+        yield

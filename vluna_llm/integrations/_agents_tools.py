@@ -20,6 +20,7 @@ from agents import AgentsException, FunctionTool
 
 from ..errors import ConfigurationError, VlunaError
 from ..manual import OperationContext
+from ..scoped import unset
 from ._agents_payer import Identity, inheriting
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ async def _used(invoke: Invoke, context: Any, arguments: str, price: Price | Non
         passing(error)
         raise
     finally:
-        _use.reset(token)
+        unset(_use, token)
     use.raise_refusal()
     return result
 

@@ -18,6 +18,7 @@ from langchain_core.runnables.config import ensure_config
 from ..context import CallContext, make_context, within
 from ..errors import ConfigurationError
 from ..identity import MAX_LABELS, plain_text
+from ..scoped import scoped
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -84,14 +85,8 @@ _current: ContextVar[Run | None] = ContextVar("vluna_llm_langchain_run", default
 @contextmanager
 def noted(run: Run) -> Iterator[Run]:
     """What a metered model does in the ``with`` belongs to this run."""
-    token = _current.set(run)
-    try:
+    with scoped(_current, run):
         yield run
-    finally:
-        try:
-            _current.reset(token)
-        except ValueError:
-            pass  # left in another task than it was entered in, which never saw it
 
 
 def run_of_call(manager: Any) -> Run:

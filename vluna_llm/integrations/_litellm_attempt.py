@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from ..context import CallContext, current_context
 from ..errors import ConfigurationError, VlunaError
+from ..scoped import unset
 from ..slot import Slot, inside
 from ._litellm_ask import ask_usage, is_refused, remember_refusal, upstream_of
 from ._litellm_background import response_id_of
@@ -164,10 +165,7 @@ class Attempt:
             try:
                 yield
             finally:
-                try:
-                    _current.reset(token)
-                except ValueError:
-                    pass  # left in another task than it was entered in, which never saw it
+                unset(_current, token)
 
     # -- after a failure ---------------------------------------------------------------------------------------------
 

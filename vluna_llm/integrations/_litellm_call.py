@@ -12,6 +12,7 @@ from ..context import CallContext, within
 from ..ending import Ending
 from ..errors import GateError, VlunaError
 from ..lifecycle import ModelCall, Operation
+from ..scoped import scoped
 from ..slot import Slot, inside
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class LogicalCall:
         """Everything that LiteLLM does in the ``with`` belongs to this call, and bills its customer."""
         self._within += 1
         try:
-            with _set(self), inside(self.slot), nullcontext() if self.bound is None else within(self.bound):
+            with scoped(_current, self), inside(self.slot), nullcontext() if self.bound is None else within(self.bound):
                 yield self
         finally:
             self._within -= 1
@@ -243,18 +244,6 @@ def _forgotten(slot: Slot) -> None:
     operation = slot.operation
     if operation is not None and not operation.ended and not slot.claimed:
         operation.abandon(lambda: Ending("error"))
-
-
-@contextmanager
-def _set(call: LogicalCall) -> Iterator[None]:
-    token = _current.set(call)
-    try:
-        yield
-    finally:
-        try:
-            _current.reset(token)
-        except ValueError:
-            pass  # left in another task than it was entered in, which never saw it
 
 
 def refusal(error: VlunaError) -> VlunaError:

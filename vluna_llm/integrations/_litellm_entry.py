@@ -19,6 +19,7 @@ import litellm
 
 from ..context import CallContext, current_context
 from ..errors import ConfigurationError, VlunaError
+from ..scoped import scoped
 from ..tap import INLINE_SECONDS
 from ._litellm_attempt import Attempt, current_attempt, is_own_call, open_attempt
 from ._litellm_background import RETRIEVES, book_retrieved
@@ -366,11 +367,8 @@ def _unmetered(original: Callable[..., Any], name: str) -> Callable[..., Any]:
             if is_unasked():
                 await enter_key()
             given = _announce(name, kwargs)
-            token = _announced.set(True)
-            try:
+            with scoped(_announced, True):
                 return await original(*args, **given)
-            finally:
-                _quiet_reset(token)
 
         wrapper = aentry
     else:
@@ -378,22 +376,12 @@ def _unmetered(original: Callable[..., Any], name: str) -> Callable[..., Any]:
         @functools.wraps(original)
         def entry(*args: Any, **kwargs: Any) -> Any:
             given = _announce(name, kwargs)
-            token = _announced.set(True)
-            try:
+            with scoped(_announced, True):
                 return original(*args, **given)
-            finally:
-                _quiet_reset(token)
 
         wrapper = entry
     wrapper._vluna_original = original
     return cast(Callable[..., Any], wrapper)
-
-
-def _quiet_reset(token: Any) -> None:
-    try:
-        _announced.reset(token)
-    except ValueError:
-        pass  # left in another task than it was entered in, which never saw it
 
 
 def _announce(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+from ..scoped import scoped
 from ._litellm_parts import STREAM, part
 
 
@@ -21,12 +22,8 @@ _making: ContextVar[_Made | None] = ContextVar("vluna_llm_litellm_making", defau
 @contextmanager
 def making(made: _Made) -> Generator[None, None, None]:
     """Be told of each `CustomStreamWrapper` that is made in the ``with``; of none where creations are not seen."""
-    token = _making.set(made)
-    try:
+    with scoped(_making, made):
         yield
-    finally:
-        with suppress(ValueError):
-            _making.reset(token)
 
 
 def see_creations(elsewhere: _Made) -> None:

@@ -13,6 +13,7 @@ import litellm
 from ..context import CallContext, current_context
 from ..errors import VlunaError
 from ..lifecycle import ModelCall
+from ..scoped import scoped, unset
 from ._litellm_attempt import is_stream
 from ._litellm_call import LogicalCall, call_for
 from ._litellm_metadata import BUCKETS, strip
@@ -92,10 +93,7 @@ class Route:
                 call.driver = before
         finally:
             self._within -= 1
-            try:
-                _route.reset(token)
-            except ValueError:
-                pass  # closed in another task than it was entered in, which never saw it
+            unset(_route, token)
 
     def again(self) -> Route:
         """The same call, taken up once more after its method has returned: a fallback continues a broken stream."""
@@ -251,15 +249,8 @@ def _without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def unbilled(vluna: Vluna) -> Iterator[None]:
     """What runs in the ``with`` is paid for by nobody, whoever is around it."""
-    token = _route.set(None)
-    try:
-        with Unbilled(vluna).running():
-            yield
-    finally:
-        try:
-            _route.reset(token)
-        except ValueError:
-            pass  # closed in another task than it was entered in, which never saw it
+    with scoped(_route, None), Unbilled(vluna).running():
+        yield
 
 
 class Continuation(dict[str, Any]):

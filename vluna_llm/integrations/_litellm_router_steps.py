@@ -12,6 +12,7 @@ from typing import Any, Final
 import litellm
 
 from ..errors import VlunaError
+from ..scoped import unset
 from ._litellm_key import enter_key, is_unasked
 from ._litellm_route import OpenCall, Refused, Route, current_route, open_route
 
@@ -127,10 +128,7 @@ def race_of(original: Method, name: str) -> Method:
             if not refusals:
                 raise
         finally:
-            try:
-                _refusals.reset(token)
-            except ValueError:
-                pass  # closed in another task than it was called in, which never saw it
+            unset(_refusals, token)
         raise refusals[0]
 
     return race

@@ -15,6 +15,7 @@ from pydantic_ai.models.wrapper import WrapperModel
 from ..context import CallContext
 from ..errors import VlunaError
 from ..lifecycle import ModelCall
+from ..scoped import scoped
 from ._pydantic_ai_call import Call, Refusals, begin, book_background, fallback, watch
 from ._pydantic_ai_words import model_call_of
 
@@ -181,12 +182,8 @@ class VlunaModel(WrapperModel):  # type: ignore[misc]
     def _one_request(self) -> Iterator[None]:
         """A request to several models, one after the other."""
         refusals = self._refusals or Refusals()
-        token = fallback.set(refusals)
-        try:
-            with refusals.final():
-                yield
-        finally:
-            fallback.reset(token)
+        with scoped(fallback, refusals), refusals.final():
+            yield
 
     def _polls(self, messages: Any) -> bool:
         """Whether this only asks whether a background response is there, which costs nothing by itself."""

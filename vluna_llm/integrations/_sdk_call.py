@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 
 from ..ending import Ending
 from ..errors import VlunaError
+from ..scoped import scoped
 from ..tap import Sink, tap
 
 if TYPE_CHECKING:
@@ -158,14 +159,8 @@ in_flight: ContextVar[Call | None] = ContextVar("vluna_llm_sdk_call", default=No
 @contextmanager
 def flying(call: Call) -> Iterator[None]:
     """Let what is sent inside belong to this call: a transport below does not meter it again."""
-    token = in_flight.set(call)
-    try:
+    with scoped(in_flight, call):
         yield
-    finally:
-        try:
-            in_flight.reset(token)
-        except ValueError:
-            pass  # closed from another task than it ran in, which never saw the call
 
 
 C = TypeVar("C", bound=Call)

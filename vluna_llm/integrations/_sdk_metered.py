@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..context import CallContext
+from ..scoped import unset
 from ..tap import INLINE_SECONDS
 from ._sdk_call import Call, in_flight
 
@@ -141,10 +142,7 @@ class AsyncMetered(Metered, _AsyncClient):
                 _failed(call, error)
             raise
         finally:
-            try:
-                in_flight.reset(token)
-            except ValueError:
-                pass  # a coroutine that is closed from another task than it ran in: that task never saw the call
+            unset(in_flight, token)
         if call.answered == "no":
             _failed(call, None)
         if call.waits and call.operation is not None:

@@ -8,11 +8,12 @@ that opened it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
+from .ending import Ending, OnAbort
 from .lifecycle import Operation
 from .scoped import scoped
 
@@ -70,6 +71,11 @@ class Slot:
         """Put an operation into the slot, in place of one that has ended; None closes it."""
         self._offer = _Offer(operation)
 
+    @property
+    def share(self) -> Share | None:
+        """By which the layer that opened the slot tells how the work ended; None where nothing was put in."""
+        return None if self._offer.operation is None else Share(self, self._offer)
+
     def claim(self, *, gate: tuple[str, str], customer: tuple[str | None, str | None]) -> Operation | None:
         """Take the operation over; None where there is none, where it was taken, or where it is somebody else's.
 
@@ -87,6 +93,75 @@ class Slot:
         own_principal, own_user = operation.customer
         same = operation.gate == gate and principal in (None, own_principal) and user in (None, own_user)
         return operation if offer.take("claimed" if same else "passed_on") and same else None
+
+
+class Share:
+    """How the work under one operation in a slot ended, as the layer that admitted it has seen it: a `tap.Sink`.
+
+    One rule for all of them: where a metered call inside has claimed the operation, it settles it and nothing is told
+    here; where it bills somebody else, nothing is owed; else what is told here is the end. The claim is that of this
+    operation, whatever is put into the slot after it.
+    """
+
+    __slots__ = ("_offer", "operation", "slot")
+
+    def __init__(self, slot: Slot, offer: _Offer) -> None:
+        assert offer.operation is not None
+        self.slot = slot
+        self._offer = offer
+        self.operation: Operation = offer.operation
+
+    @property
+    def claimed(self) -> bool:
+        """Whether a metered call inside settles it."""
+        return self._offer.claim == "claimed"
+
+    @property
+    def passed_on(self) -> bool:
+        """Whether a metered call inside bills this work to somebody else."""
+        return self._offer.claim == "passed_on"
+
+    def finish(self, ending: Ending) -> None:
+        """The answer ended."""
+        if self.passed_on:
+            self.operation.fail()
+        elif not self.claimed:
+            self.operation.finish(ending)
+
+    def fail(self, error: BaseException | None = None) -> None:
+        """No answer came."""
+        if not self.claimed:
+            self.operation.fail(error)
+
+    def abandon(self, ending: Callable[[], Ending]) -> None:
+        """The answer was forgotten: only queue it."""
+        if self.passed_on:
+            self.operation.abandon(lambda: Ending(how="error"))
+        elif not self.claimed:
+            self.operation.abandon(ending)
+
+    @property
+    def on_abort(self) -> OnAbort:
+        """What becomes of an answer that the consumer leaves."""
+        return self.operation.on_abort
+
+    @property
+    def settle_inline(self) -> bool:
+        """Whether the consumer waits for the receipt, here: whoever has claimed the operation waits by itself."""
+        return self.operation.settle_inline and not self.claimed
+
+    def wait(self, timeout: float | None = None) -> object:
+        """Wait for the receipt, where it is one of ours."""
+        return None if self.claimed else self.operation.wait(timeout)
+
+    async def wait_async(self, timeout: float | None = None) -> object:
+        """`wait` for coroutines."""
+        return None if self.claimed else await self.operation.wait_async(timeout)
+
+    async def receipt(self, timeout: float) -> None:
+        """Wait for the receipt where the settings say so."""
+        if self.settle_inline:
+            await self.wait_async(timeout)
 
 
 _open: ContextVar[Slot | None] = ContextVar("vluna_llm_slot", default=None)

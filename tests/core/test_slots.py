@@ -181,3 +181,33 @@ def test_a_denial_is_kept_whole_where_the_caller_can_find_it(gate: Sandbox) -> N
         assert raised.value.reason == "insufficient_credit"
     with call_context(principal_id="ann") as scope:
         assert scope.last_denial is None
+
+
+@pytest.mark.parametrize("inside_is", ["nobody", "the same customer", "another customer"])
+@pytest.mark.parametrize("later", [False, True], ids=["", "after the slot was filled anew"])
+def test_what_the_outer_layer_tells_counts_only_where_nobody_inside_settles(
+    gate: Sandbox, inside_is: str, later: bool
+) -> None:
+    """Whoever has claimed the operation settles it; what is billed to somebody else is not owed twice."""
+    with vluna_for(gate) as vluna, call_context(principal_id="ann"):
+        slot = Slot()
+        slot.offer(vluna.begin(CALL))
+        share = slot.share
+        assert share is not None
+        inner: Operation | None = None
+        if inside_is != "nobody":
+            payer = make_context(principal_id="ann" if inside_is == "the same customer" else "bob")
+            with inside(slot), within(payer):
+                inner = vluna.begin(CALL)
+        if later:
+            slot.offer(vluna.begin(CALL))
+            assert slot.operation is not None
+            slot.operation.fail()
+        assert share.claimed is (inside_is == "the same customer")
+        assert share.passed_on is (inside_is == "another customer")
+        share.finish(Ending("complete", usage=TokenUsage(7, 0), finished=True))
+        if inner is not None:
+            inner.finish(USED)
+        assert vluna.flush(5)
+    assert charged(gate, "ann") == {"nobody": [7], "the same customer": [15], "another customer": []}[inside_is]
+    assert charged(gate, "bob") == ([15] if inside_is == "another customer" else [])

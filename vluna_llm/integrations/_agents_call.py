@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 from ..ending import Ending, generated_tokens
-from ..lifecycle import ModelCall, Operation
-from ..slot import Slot
+from ..lifecycle import ModelCall
 from ..usage.events import EventReader
 from ..usage.normalize import normalize_usage
 from ..usage.types import TokenUsage
@@ -217,48 +216,3 @@ class EventItems(EventReader):
 
 def _member(holder: Any, name: str) -> Any:
     return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
-
-
-class Share:
-    """Stands for the operation of one call; a metered client inside that claimed the operation settles it instead."""
-
-    __slots__ = ("operation", "slot")
-
-    on_abort: Final[Literal["cancel"]] = "cancel"
-    settle_inline: Final = False
-
-    def __init__(self, slot: Slot, operation: Operation) -> None:
-        self.slot = slot
-        self.operation = operation
-
-    def finish(self, ending: Ending) -> None:
-        """The answer ended."""
-        if self.slot.passed_on:
-            self.operation.fail()
-        elif not self.slot.claimed:
-            self.operation.finish(ending)
-
-    def fail(self, error: BaseException | None) -> None:
-        """No answer came."""
-        if not self.slot.claimed:
-            self.operation.fail(error)
-
-    def abandon(self, ending: Callable[[], Ending]) -> None:
-        """The answer was forgotten."""
-        if self.slot.passed_on:
-            self.operation.abandon(lambda: Ending(how="error"))
-        elif not self.slot.claimed:
-            self.operation.abandon(ending)
-
-    async def receipt(self, timeout: float) -> None:
-        """Wait for the receipt, where the settings say so and we are the ones who settle."""
-        if self.operation.settle_inline and not self.slot.claimed:
-            await self.operation.wait_async(timeout)
-
-    def wait(self, timeout: float | None = None) -> object:
-        """Wait for the receipt."""
-        return self.operation.wait(timeout)
-
-    def wait_async(self, timeout: float | None = None) -> Awaitable[object]:
-        """Wait for the receipt without holding up the loop."""
-        return self.operation.wait_async(timeout)

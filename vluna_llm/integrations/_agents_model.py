@@ -16,9 +16,9 @@ from openai._base_client import AsyncAPIClient
 from .._tap_watch import Watch
 from ..errors import VlunaError
 from ..lifecycle import ModelCall
-from ..slot import Slot, inside
+from ..slot import Share, Slot, inside
 from ..tap import INLINE_SECONDS
-from ._agents_call import EventItems, Share, asking_usage, ending_of, model_call_of, refused_option
+from ._agents_call import EventItems, asking_usage, ending_of, model_call_of, refused_option
 from ._agents_payer import Turn, paying
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class VlunaModel(Model):  # type: ignore[misc]
             return None
         slot = Slot()
         slot.offer(operation)
-        return Share(slot, operation)
+        return slot.share
 
     @contextmanager
     def _within(self, vluna: Vluna, share: Share) -> Iterator[None]:

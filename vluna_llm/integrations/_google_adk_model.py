@@ -14,9 +14,8 @@ from pydantic import ConfigDict, PrivateAttr
 from ..context import CallContext, make_context, within
 from ..ending import Ending
 from ..errors import VlunaError
-from ..slot import Slot, inside
+from ..slot import Share, Slot, inside
 from ..tap import INLINE_SECONDS
-from ._agents_call import Share
 from ._google_adk_words import Seen, model_call_of
 
 if TYPE_CHECKING:
@@ -119,8 +118,7 @@ class VlunaLlm(BaseLlm):  # type: ignore[misc]
             slot = Slot()
             operation = await self._vluna.abegin(call, bound)
             slot.offer(operation)
-            share = None if operation is None else Share(slot, operation)
-            return _Call(self._vluna, bound, slot, share, Seen(self.wrapped, stream=stream))
+            return _Call(self._vluna, bound, slot, slot.share, Seen(self.wrapped, stream=stream))
         except VlunaError:
             raise
         except Exception:

@@ -14,7 +14,7 @@ from ..context import CallContext
 from ..ending import Ending, generated_tokens
 from ..errors import VlunaError
 from ..lifecycle import ModelCall, Operation
-from ..slot import Slot, inside
+from ..slot import Share, Slot, inside
 from ..tap import INLINE_SECONDS
 from ..usage import TokenUsage
 from ..usage.normalize import normalize_usage
@@ -40,7 +40,7 @@ class MessagesCall:
         self._bound = bound
         self._call = call
         self._slot = Slot()
-        self._operation: Operation | None = None
+        self._share: Share | None = None
 
     def begin(self) -> bool:
         """Ask the gate; whether the call is metered.
@@ -69,8 +69,8 @@ class MessagesCall:
             return False
 
     def _admitted(self, operation: Operation | None) -> bool:
-        self._operation = operation
         self._slot.offer(operation)
+        self._share = self._slot.share
         return operation is not None
 
     @contextmanager
@@ -83,8 +83,8 @@ class MessagesCall:
 
     def failed(self, error: BaseException) -> None:
         """The model raised."""
-        if self._operation is not None and not self._slot.claimed:
-            self._operation.fail(error)
+        if self._share is not None:
+            self._share.fail(error)
 
     def answered(self, result: Any) -> None:
         """The model gave a ``ChatResult``."""
@@ -100,38 +100,33 @@ class MessagesCall:
     @property
     def on_abort(self) -> Literal["cancel", "estimate", "drain"]:
         """What becomes of an answer that the consumer leaves."""
-        return "cancel" if self._operation is None else self._operation.on_abort
+        return "cancel" if self._share is None else self._share.on_abort
 
     @property
     def settle_inline(self) -> bool:
         """Whether the consumer waits for the receipt."""
-        return self._operation is not None and self._operation.settle_inline and not self._slot.claimed
+        return self._share is not None and self._share.settle_inline
 
     def finish(self, ending: Ending) -> None:
         """The answer ended."""
-        if self._operation is None or self._slot.claimed:
-            return
-        if self._slot.passed_on:
-            self._operation.fail()
-        else:
-            self._operation.finish(ending)
+        if self._share is not None:
+            self._share.finish(ending)
 
     def abandon(self, ending: Callable[[], Ending]) -> None:
         """The answer was forgotten."""
-        if self._operation is None or self._slot.claimed:
-            return
-        self._operation.abandon((lambda: Ending(how="error")) if self._slot.passed_on else ending)
+        if self._share is not None:
+            self._share.abandon(ending)
 
     def wait(self, timeout: float | None = INLINE_SECONDS) -> object:
         """Wait for the receipt where the settings say so."""
-        return self._operation.wait(timeout) if self._operation is not None and self.settle_inline else None
+        return self._share.wait(timeout) if self._share is not None and self.settle_inline else None
 
     def wait_async(self, timeout: float | None = INLINE_SECONDS) -> Awaitable[object]:
         """`wait` for coroutines."""
         return self._wait_async(timeout)
 
     async def _wait_async(self, timeout: float | None) -> object:
-        return await self._operation.wait_async(timeout) if self._operation is not None and self.settle_inline else None
+        return await self._share.wait_async(timeout) if self._share is not None and self.settle_inline else None
 
 
 # -- what is asked -----------------------------------------------------------------------------------------------------

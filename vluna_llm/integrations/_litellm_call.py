@@ -116,7 +116,7 @@ class LogicalCall:
         if operation is not None and not operation.ended:
             if feature == self._feature and not self.slot.passed_on:
                 return None
-            self._give_up(operation)
+            self._give_up()
         return feature
 
     def _admitted(self, feature: str, operation: Operation | None) -> None:
@@ -128,28 +128,23 @@ class LogicalCall:
         self._refusal = (feature, self.refused)
         return self.refused
 
-    def _give_up(self, operation: Operation) -> None:
-        if not self.slot.claimed:
-            operation.fail()
+    def _give_up(self) -> None:
+        if (share := self.slot.share) is not None:
+            share.fail()
         self.slot.offer(None)
 
     # -- after it ----------------------------------------------------------------------------------------------------
 
     def answered(self, ending: Ending) -> None:
         """An attempt was answered; what that costs is settled, unless a metered client inside does so."""
-        operation = self.operation
-        if operation is None or self.slot.claimed:
-            return
-        if self.slot.passed_on:
-            operation.fail()
-        else:
-            operation.finish(ending)
+        if (share := self.slot.share) is not None:
+            share.finish(ending)
 
     def failed(self, error: BaseException | None) -> None:
         """The call as a whole failed, whatever was tried: nothing is charged."""
-        operation = self.operation
-        if operation is not None and not operation.ended and not self.slot.claimed:
-            operation.fail(error)
+        share = self.slot.share
+        if share is not None and not share.operation.ended:
+            share.fail(error)
 
     @contextmanager
     def running(self) -> Iterator[LogicalCall]:

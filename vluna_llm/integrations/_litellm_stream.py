@@ -13,12 +13,13 @@ stream are observed instead (`_litellm_items`). A stream that LiteLLM makes up f
 from __future__ import annotations
 
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from types import AsyncGeneratorType, FrameType, GeneratorType
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from ..ending import Ending
-from ..lifecycle import ModelCall, Operation
+from ..lifecycle import ModelCall
+from ..slot import Share
 from ..tap import tap
 from ..usage import StreamReader, read_body
 from ._litellm_ask import ask_usage, is_refused, remember_refusal
@@ -66,87 +67,48 @@ def watch(response: Any, call: LogicalCall, model_call: ModelCall, *, asked_usag
     Returns:
         What the caller is given: the same object, or for a bare generator another generator.
     """
-    operation = call.operation
-    if operation is None:
+    share = call.slot.share
+    if share is None:
         return response
+    operation = share.operation
     try:
-        if call.slot.passed_on:
-            operation.fail()
-        if call.slot.passed_on or call.slot.claimed:
+        if share.passed_on:
+            share.fail()
+        if share.passed_on or share.claimed:
             let_go()
             _follow(response, open_response(response), is_async)
             return response
         if call.watched is operation:
             return response
         call.watched = operation
-        return _watch(
-            response, call, Bill(call, operation, model_call), model_call, asked_usage or call.asked_usage, is_async
-        )
+        bill = Bill(share, call, model_call)
+        return _watch(response, call, bill, model_call, asked_usage or call.asked_usage, is_async)
     except Exception:
         call.vluna.internal_error("litellm.stream")
         operation.fail()
         return response
 
 
-class Bill:
-    """Stands for the operation of one stream; a metered client inside that claimed the operation settles it instead."""
+class Bill(Share):
+    """The share of one stream: what the provider works on in the background is parked."""
 
-    __slots__ = ("_call", "_model_call", "_operation")
+    __slots__ = ("_call", "_model_call")
 
-    def __init__(self, call: LogicalCall, operation: Operation, model_call: ModelCall) -> None:
+    def __init__(self, share: Share, call: LogicalCall, model_call: ModelCall) -> None:
+        super().__init__(share.slot, share._offer)
         self._call = call
-        self._operation = operation
         self._model_call = model_call
-
-    @property
-    def on_abort(self) -> Literal["cancel", "estimate", "drain"]:
-        """What becomes of an answer that the consumer leaves."""
-        return self._operation.on_abort
-
-    @property
-    def settle_inline(self) -> bool:
-        """Whether the consumer waits for the receipt."""
-        return self._operation.settle_inline
-
-    @property
-    def claimed(self) -> bool:
-        """Whether a metered client inside settles it."""
-        return self._call.operation is self._operation and self._call.slot.claimed
-
-    @property
-    def passed_on(self) -> bool:
-        """Whether a metered client inside bills somebody else."""
-        return self._call.operation is self._operation and self._call.slot.passed_on
-
-    def fail(self) -> None:
-        """Nothing is owed."""
-        if not self.claimed:
-            self._operation.fail()
 
     def finish(self, ending: Ending) -> None:
         """The answer ended."""
-        if self.passed_on:
-            self._operation.fail()
-        elif not self.claimed and is_background(self._model_call):
-            park(self._call.vluna, self._operation, self._model_call, self._call.bound, ending)
-        elif not self.claimed:
-            self._operation.finish(ending)
+        if is_background(self._model_call) and not self.claimed and not self.passed_on:
+            park(self._call.vluna, self.operation, self._model_call, self._call.bound, ending)
+        else:
+            super().finish(ending)
 
     def abandon(self, ending: Callable[[], Ending]) -> None:
         """The answer was forgotten."""
-        if self.passed_on:
-            self._operation.abandon(lambda: Ending(how="error"))
-        elif not self.claimed:
-            given_up = is_background(self._model_call)
-            self._operation.abandon((lambda: given_up_on(ending())) if given_up else ending)
-
-    def wait(self, timeout: float | None = None) -> object:
-        """Wait for the receipt."""
-        return None if self.claimed else self._operation.wait(timeout)
-
-    def wait_async(self, timeout: float | None = None) -> Awaitable[object]:
-        """Wait for the receipt without holding up the loop."""
-        return self._operation.wait_async(timeout)
+        super().abandon((lambda: given_up_on(ending())) if is_background(self._model_call) else ending)
 
 
 def _watch(

@@ -59,6 +59,7 @@ class Call:
         self.operation = operation
         self._slot = Slot()
         self._slot.offer(operation)
+        self._share = self._slot.share
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -72,30 +73,32 @@ class Call:
     @property
     def settles(self) -> bool:
         """Whether the end is still to be told, and by us."""
-        if self.operation is not None and self._slot.passed_on:
-            self.operation.fail()  # a metered client inside bills somebody else
+        if self._share is None or self._share.claimed:
             return False
-        return self.operation is not None and not self._slot.claimed
+        if self._share.passed_on:
+            self._share.fail()
+            return False
+        return True
 
     def failed(self, error: BaseException) -> None:
         """No answer came."""
-        if self.operation is not None and not self._slot.claimed:
-            self.operation.fail(error)
+        if self._share is not None:
+            self._share.fail(error)
 
     def finish(self, ending: Callable[[], Ending]) -> None:
         """The answer ended. Never raises."""
-        if self.operation is None or not self.settles:
+        if self._share is None or not self.settles:
             return
         try:
-            self.operation.finish(ending())
+            self._share.finish(ending())
         except Exception:
             self.broke("pydantic_ai.answer")
 
     def broke(self, where: str) -> None:
         """An error of ours, while it is handled: told, and nothing is charged."""
         self.vluna.internal_error(where)
-        if self.operation is not None and not self._slot.claimed:
-            self.operation.fail()
+        if self._share is not None:
+            self._share.fail()
 
     def answered(self, response: Any, waits: Callable[[Any], bool]) -> None:
         """A whole answer; one that the provider works on in the background is parked until a poll brings its usage."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, Final
 
 from .budget import Amount, Limits
 from .errors import GateError
@@ -133,6 +133,10 @@ def make_context(
             given[name] = validate_code(given[name], name)
     clean = MappingProxyType(validate_labels(labels)) if labels else _NO_LABELS
     return CallContext(**given, labels=clean)
+
+
+ARGUMENTS: Final = tuple(make_context.__kwdefaults__ or ())
+"""What a call context is made of, by name: for layers that read it from a mapping of somebody's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from ..context import current_context
 from ..lifecycle import ModelCall
 from ..usage import read_body
 from ._anthropic_endpoints import classify, platform_of, request_body
-from ._litellm_aws import AwsReader
+from ._aws_events import AwsReader
 from ._sdk_call import Call, ending_of, prepare_call
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from langchain_core.runnables.config import ensure_config
 
-from ..context import CallContext, make_context, within
+from ..context import ARGUMENTS, CallContext, make_context, within
 from ..errors import ConfigurationError
 from ..identity import MAX_LABELS, plain_text
 from ..scoped import scoped
@@ -24,16 +24,8 @@ if TYPE_CHECKING:
     from ..vluna import Vluna
 
 METADATA_KEY: Final = "vluna"
-CONTEXT_FIELDS: Final = (
-    "principal_id",
-    "user_id",
-    "feature_code",
-    "feature_family_code",
-    "budget_id",
-    "labels",
-    "end_user",
-    "request_id",
-)
+CONTEXT_FIELDS: Final = tuple(name for name in ARGUMENTS if name != "idempotency_key")
+"""A job is one run of the caller's, whatever runs of LangChain's are in it: its key is the call context's alone."""
 
 Payer: TypeAlias = "str | Mapping[str, Any] | None"
 IdentityFunction: TypeAlias = "Callable[[Mapping[str, Any]], Payer]"

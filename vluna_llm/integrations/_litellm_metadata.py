@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from ..context import CallContext, Scope, current_context, make_context
+from ..context import ARGUMENTS, CallContext, Scope, current_context, make_context
 from ..errors import ConfigurationError
 from ._litellm_key import is_believed
 
@@ -19,17 +19,6 @@ if TYPE_CHECKING:
 
 KEY: Final = "vluna"
 BUCKETS: Final = ("metadata", "litellm_metadata")
-FIELDS: Final = (
-    "principal_id",
-    "user_id",
-    "feature_code",
-    "feature_family_code",
-    "budget_id",
-    "labels",
-    "end_user",
-    "request_id",
-    "idempotency_key",
-)
 
 
 class Trace(dict[str, Any]):
@@ -105,8 +94,8 @@ def _fields(entry: object) -> dict[str, Any]:
             f'metadata["vluna"] is a {type(entry).__name__}; pass a dict such as {{"principal_id": "customer_123"}}.'
         )
     for key in entry:
-        if key not in FIELDS:
-            raise ConfigurationError(f'metadata["vluna"] has the key {key!r}; it takes {", ".join(FIELDS)}.')
+        if key not in ARGUMENTS:
+            raise ConfigurationError(f'metadata["vluna"] has the key {key!r}; it takes {", ".join(ARGUMENTS)}.')
     labels = entry.get("labels")
     if labels is not None and not isinstance(labels, Mapping):
         raise ConfigurationError(f'metadata["vluna"]["labels"] is a {type(labels).__name__}; pass a dict of text.')

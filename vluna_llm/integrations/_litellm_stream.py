@@ -22,8 +22,8 @@ from ..lifecycle import ModelCall
 from ..slot import Share
 from ..tap import tap
 from ..usage import StreamReader, read_body
+from ._aws_events import AwsReader
 from ._litellm_ask import ask_usage, is_refused, remember_refusal
-from ._litellm_aws import AwsReader
 from ._litellm_background import given_up_on, is_background, park
 from ._litellm_call import LogicalCall
 from ._litellm_ends import tell_end

@@ -4,7 +4,7 @@ The worker is a process of its own, as Celery's and RQ's are; it dies in the mid
 before the acknowledgement, and the queue hands the job out again. Run it as it is, it needs no account, no key and no
 network: the gate is the embedded one, and the provider replays recorded answers.
 
-    pip install 'vluna-llm[demo]' && python examples/job_worker.py
+    pip install '.[demo]' && python examples/job_worker.py
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It runs as it is: a gate and a model of our own answer on this machine. ::
 
-    pip install 'vluna-llm[langchain,sandbox]'
+    pip install '.[langchain,sandbox]'
     python examples/langgraph_agent.py
 
 With ``OPENAI_API_KEY`` set the real model is called, and with ``VLUNA_SERVICE_BASE_URL`` (and the three variables

@@ -4,7 +4,7 @@ Run it as it is, it needs no account, no key and no network: the gate is the emb
 recorded answers. In production leave out `main`, set the four VLUNA_SERVICE_* variables and OPENAI_API_KEY, and start
 ``uvicorn web_app:make_app --factory``.
 
-    pip install 'vluna-llm[demo]' fastapi && python examples/web_app.py
+    pip install '.[demo]' fastapi && python examples/web_app.py
 """
 
 from __future__ import annotations

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from vluna_llm import TokenUsage, Vluna, call_context
 from vluna_llm.budget import Amount, Limits
 from vluna_llm.ending import Ending
-from vluna_llm.errors import BudgetExceeded, ConfigurationError, VlunaError
+from vluna_llm.errors import BudgetExceeded, ConfigurationError, OutboxUnavailable, VlunaError
 from vluna_llm.lifecycle import ModelCall, Operation
 from vluna_llm.sandbox import Sandbox
 
@@ -147,6 +148,32 @@ def test_an_outer_task_is_charged_for_an_inner_one_and_refuses_it(vluna: Vluna) 
             assert inner.wait(5)
             assert inner.pending == 0
         assert outer.usage.total_tokens == 80
+
+
+def test_what_an_inner_task_refuses_is_not_in_flight_in_the_outer_one(vluna: Vluna) -> None:
+    with call_context(principal_id="ann", max_tokens=1_000) as outer, call_context(max_tokens=10):
+        with pytest.raises(BudgetExceeded) as refused, vluna.operation(feature_code="tools.search", estimate=80):
+            pass
+        assert refused.value.maximum == 10
+        assert outer.pending == 0
+        with call_context(), pytest.raises(BudgetExceeded) as again:
+            vluna.operation(feature_code="tools.search", estimate=990).__enter__()
+        assert again.value.maximum == 10
+    with pytest.raises(BudgetExceeded) as counted:
+        outer.reserve("another", Amount(0, 1_001))
+    assert counted.value.in_flight == 0
+
+
+def test_what_could_not_be_stored_is_not_in_flight(make_vluna: Callable[..., Vluna], tmp_path: Path) -> None:
+    """A disk that fails, and ``on_outbox_unavailable="deny"``: the task has its room back."""
+    taken = tmp_path / "a file"
+    taken.write_text("no folder can be made here")
+    vluna = make_vluna(outbox=str(taken / "outbox"), on_outbox_unavailable="deny")
+    with call_context(principal_id="ann", max_tokens=100) as scope:
+        for _ in range(3):
+            with pytest.raises(OutboxUnavailable):
+                vluna.operation(feature_code="tools.search", estimate=80).__enter__()
+        assert scope.pending == 0
 
 
 def test_observed_nothing_is_refused_and_all_is_booked(make_vluna: Callable[..., Vluna], gate: Sandbox) -> None:

@@ -23,7 +23,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from vluna_llm import Vluna, call_context
-from vluna_llm.errors import MissingPrincipal
+from vluna_llm.errors import GateDenied, MissingPrincipal
 from vluna_llm.integrations.asgi import VlunaMiddleware
 from vluna_llm.sandbox import Sandbox
 
@@ -209,8 +209,17 @@ def test_a_refusal_behind_the_first_byte_ends_the_answer(
     vluna: Vluna, shared_gate: Sandbox, provider: Provider, customer: str
 ) -> None:
     shared_gate.set_credit(customer, 0)
-    with served(Service(vluna, provider).app) as url, pytest.raises(httpx.RemoteProtocolError):
+    service = Service(vluna, provider)
+    with served(service.app) as url, pytest.raises(httpx.RemoteProtocolError):
         httpx.get(url + "/late", headers=as_customer(customer))
+
+    async def what_the_server_sees() -> None:
+        transport = httpx.ASGITransport(service.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+            await client.get("/late", headers=as_customer(customer))
+
+    with pytest.raises(GateDenied):
+        asyncio.run(what_the_server_sees())
 
 
 def test_a_task_beyond_its_limit_is_a_refusal_too(

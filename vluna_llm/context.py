@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from .budget import Amount, Limits
 from .errors import GateError
-from .identity import validate_code, validate_id, validate_labels
+from .identity import plain_text, validate_code, validate_id, validate_labels
 from .reentry import held
 from .scoped import scoped, unset
 from .types import Receipt
@@ -55,6 +55,8 @@ class CallContext:
         feature_family_code: the family of that feature.
         budget_id: a budget that binds this work (a uuid in the ``lease_token`` dialect).
         labels: text stored with the booking.
+        told: what a framework tells of the work (``run_id``, ``agent``, ``tool``), stored as labels of which the
+            innermost holds; a label of the caller's own with the same name wins.
         end_user: who used it, as a label; it has no purse.
         request_id: the caller's own request id, sent to the gate and stored as a label.
         idempotency_key: names a job that may be run more than once (design rule 17).
@@ -73,6 +75,7 @@ class CallContext:
     idempotency_key: str | None = None
     parent_operation_id: str | None = None
     labels: Mapping[str, str] = field(default_factory=_no_labels, hash=False)
+    told: Mapping[str, str] = field(default_factory=_no_labels, hash=False)
     scopes: tuple[Scope, ...] = ()
     job: Scope | None = None
 
@@ -90,6 +93,8 @@ class CallContext:
                 changes[name] = getattr(other, name)
         if other.labels:
             changes["labels"] = MappingProxyType({**self.labels, **other.labels})
+        if other.told:
+            changes["told"] = MappingProxyType({**self.told, **other.told})
         if other.scopes:
             changes["scopes"] = (*self.scopes, *(scope for scope in other.scopes if scope not in self.scopes))
         if other.job is not None:
@@ -133,6 +138,12 @@ def make_context(
             given[name] = validate_code(given[name], name)
     clean = MappingProxyType(validate_labels(labels)) if labels else _NO_LABELS
     return CallContext(**given, labels=clean)
+
+
+def telling(**told: object) -> CallContext:
+    """A context that only says what a framework tells of the work; values that are None or empty are left out."""
+    texts = {name: text for name, value in told.items() if (text := plain_text(value))}
+    return CallContext(told=MappingProxyType(texts))
 
 
 ARGUMENTS: Final = tuple(make_context.__kwdefaults__ or ())

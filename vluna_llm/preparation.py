@@ -32,7 +32,7 @@ from types import MappingProxyType
 
 from .admission import Prepared
 from .context import CallContext
-from .identity import plain_text
+from .identity import MAX_LABELS, plain_text
 from .lifecycle import ModelCall
 from .outbox import Row
 from .settings import Settings
@@ -87,6 +87,9 @@ def prepare(
         labels["end_user"] = context.end_user
     if context.parent_operation_id:
         labels["parent_operation_id"] = context.parent_operation_id
+    for name, text in context.told.items():
+        if len(labels) < MAX_LABELS:
+            labels.setdefault(name, text)
     row = Row(
         operation_id=operation_id,
         base_url=base_url,

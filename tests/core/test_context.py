@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from vluna_llm import Receipt, Scope, TokenUsage, call_context
-from vluna_llm.context import current_context
+from vluna_llm.context import current_context, telling, within
 from vluna_llm.errors import ConfigurationError
 
 
@@ -90,6 +90,12 @@ def test_labels_are_text_and_bounded() -> None:
     ]:
         with pytest.raises(ConfigurationError, match=what):
             call_context(labels=labels)
+
+
+def test_what_frameworks_tell_is_the_innermosts() -> None:
+    with within(telling(run_id="r", agent="writer", tool=None)), within(telling(agent="helper")):
+        assert current_context().told == {"run_id": "r", "agent": "helper"}
+        assert current_context().labels == {}
 
 
 def test_a_scope_adds_up_and_tells_when_all_is_settled() -> None:

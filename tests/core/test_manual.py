@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vluna_llm import TokenUsage, Vluna, call_context
-from vluna_llm.context import current_context
+from vluna_llm.context import current_context, telling, within
 from vluna_llm.ending import Ending
 from vluna_llm.errors import GateDenied
 from vluna_llm.lifecycle import ModelCall
@@ -210,3 +210,29 @@ def test_calls_of_one_decorated_function_may_overlap(vluna: Vluna, gate: Sandbox
     assert asyncio.run(main()) == [0, 1, 2]
     assert vluna.flush(5)
     assert booked(gate) == [("tools.search", 1)] * 3
+
+
+def test_a_label_of_the_callers_own_wins_over_what_a_framework_tells(vluna: Vluna, gate: Sandbox) -> None:
+    with (
+        call_context(principal_id="ann", labels={"run_id": "mine"}) as scope,
+        within(telling(run_id="theirs", agent="writer")),
+        vluna.operation(feature_code="tools.search") as op,
+    ):
+        op.record(quantity=1)
+    assert scope.wait(5)
+    (entry,) = gate.booked("ann").entries
+    assert (entry.labels["run_id"], entry.labels["agent"]) == ("mine", "writer")
+
+
+def test_what_a_framework_tells_takes_no_room_from_the_callers_labels(vluna: Vluna, gate: Sandbox) -> None:
+    own = {f"own{n}": str(n) for n in range(31)}
+    with (
+        call_context(principal_id="ann", labels=own) as scope,
+        within(telling(run_id="r", agent="writer")),
+        vluna.operation(feature_code="tools.search") as op,
+    ):
+        op.record(quantity=1)
+    assert scope.wait(5)
+    (entry,) = gate.booked("ann").entries
+    assert own.items() <= entry.labels.items()
+    assert [name in entry.labels for name in ("run_id", "agent")] == [True, False]

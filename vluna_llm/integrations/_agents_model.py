@@ -14,12 +14,13 @@ from openai import AsyncOpenAI
 from openai._base_client import AsyncAPIClient
 
 from .._tap_watch import Watch
+from ..context import CallContext
 from ..errors import VlunaError
 from ..lifecycle import ModelCall
 from ..slot import Share, Slot, inside
 from ..tap import INLINE_SECONDS
 from ._agents_call import EventItems, asking_usage, ending_of, model_call_of, refused_option
-from ._agents_payer import Turn, paying
+from ._agents_payer import Turn, paying, run_of_call
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -82,14 +83,15 @@ class VlunaModel(Model):  # type: ignore[misc]
             VlunaError: refused; the model was not called.
         """
         vluna, model, by_client = self._metered()
+        run = run_of_call()
         if by_client:
-            with paying(vluna, self._vluna_turn):
+            with paying(vluna, self._vluna_turn, run):
                 return await model.get_response(*args, **kwargs)
-        share = await self._begin(vluna, model, args, kwargs, stream=False)
+        share = await self._begin(vluna, model, args, kwargs, run, stream=False)
         if share is None:
             return await model.get_response(*args, **kwargs)
         try:
-            with self._within(vluna, share):
+            with paying(vluna, self._vluna_turn, run), inside(share.slot):
                 response = await model.get_response(*args, **kwargs)
         except BaseException as error:
             share.fail(error)
@@ -134,14 +136,16 @@ class VlunaModel(Model):  # type: ignore[misc]
             self._vluna_ready = (vluna, self._vluna_inner if twin is None else twin, twin is not None)
         return self._vluna_ready
 
-    async def _begin(self, vluna: Vluna, model: Any, args: Any, kwargs: Any, *, stream: bool) -> Share | None:
+    async def _begin(
+        self, vluna: Vluna, model: Any, args: Any, kwargs: Any, run: CallContext, *, stream: bool
+    ) -> Share | None:
         """Ask the gate; None where the call is not metered. Only refusals are raised."""
         try:
             call: ModelCall = model_call_of(model, {**dict(zip(_NAMES, args, strict=False)), **kwargs}, stream=stream)
         except Exception:
             vluna.internal_error("agents.prepare")
             call = ModelCall("responses", "openai", type(model).__name__, None, stream)
-        with paying(vluna, self._vluna_turn):
+        with paying(vluna, self._vluna_turn, run):
             try:
                 operation = await vluna.abegin(call)
             except VlunaError:
@@ -155,15 +159,11 @@ class VlunaModel(Model):  # type: ignore[misc]
         slot.offer(operation)
         return slot.share
 
-    @contextmanager
-    def _within(self, vluna: Vluna, share: Share) -> Iterator[None]:
-        with paying(vluna, self._vluna_turn), inside(share.slot):
-            yield
-
     async def _events(self, forgotten: list[Callable[[], None]], args: Any, kwargs: Any) -> AsyncIterator[Any]:
         """The events; our context variables are set while the given model works and never while the consumer does."""
         vluna, model, by_client = self._metered()
-        share = None if by_client else await self._begin(vluna, model, args, kwargs, stream=True)
+        run = run_of_call()
+        share = None if by_client else await self._begin(vluna, model, args, kwargs, run, stream=True)
         reader = EventItems()
         watch = None
         if share is not None:
@@ -172,7 +172,7 @@ class VlunaModel(Model):  # type: ignore[misc]
 
         @contextmanager
         def working() -> Iterator[None]:
-            with paying(vluna, self._vluna_turn):
+            with paying(vluna, self._vluna_turn, run):
                 if share is None:
                     yield
                 else:

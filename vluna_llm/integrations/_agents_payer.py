@@ -13,7 +13,9 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from ..context import CallContext, make_context, within
+from agents import get_current_span, get_current_trace
+
+from ..context import CallContext, make_context, telling, within
 from ..errors import ConfigurationError
 from ..scoped import scoped
 
@@ -87,9 +89,28 @@ def read(identity: Identity, context: Any) -> CallContext | None:
         ) from None
 
 
+_NO_TRACE = "no-op"
+"""The id of a trace where tracing is disabled."""
+
+
+def run_of_call() -> CallContext:
+    """What is told of the run that calls a model: the agent, and the run's trace where it has one.
+
+    A model is not told who calls it. The SDK's current span, a turn's or the agent's, says so also without tracing.
+    """
+    span, trace = get_current_span(), get_current_trace()
+    data = getattr(span, "span_data", None)
+    kind = getattr(data, "type", None)
+    agent = getattr(data, "agent_name", None) or (getattr(data, "name", None) if kind == "agent" else None)
+    trace_id = getattr(trace, "trace_id", None)
+    return telling(run_id=trace_id if trace_id != _NO_TRACE else None, agent=agent)
+
+
 @contextmanager
-def paying(vluna: Vluna, turn: Turn | None) -> Iterator[None]:
+def paying(vluna: Vluna, turn: Turn | None, told: CallContext) -> Iterator[None]:
     """What runs in the ``with`` bills the turn's customer; without a turn, whoever the surrounding context names.
+
+    ``told`` is what `run_of_call` gave.
 
     Raises:
         ConfigurationError: the provider reads who pays from the run's context, and the run has no hooks that do.
@@ -104,7 +125,7 @@ def paying(vluna: Vluna, turn: Turn | None) -> Iterator[None]:
                 "VlunaModelProvider(identity=...) learns of the run's context from hooks: pass hooks=VlunaRunHooks() "
                 "to Runner.run (and to as_tool, for a run inside a run), or wrap that tool in surface_refusals(...)."
             )
-    with within(payer) if payer is not None else nullcontext():
+    with within(told if payer is None else told.override(payer)):
         yield
 
 

@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("VlunaMiddleware needs LangChain's agents: pip install langchain", name="langchain") from error
 
-from ..context import make_context
+from ..context import make_context, telling, within
 from ._langchain_model import meter
 from ._langchain_run import paid_by, payer_of, run_of_config
 
@@ -84,7 +84,7 @@ class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
     def wrap_tool_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
         """A billable tool is an operation of its own."""
         tool = self._tools.get(request.tool_call["name"])
-        with self._paid(request):
+        with self._paid(request), within(telling(tool=request.tool_call["name"])):
             if tool is None:
                 return handler(request)
             with self._operation(tool) as op:
@@ -95,7 +95,7 @@ class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
     async def awrap_tool_call(self, request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
         """A billable tool is an operation of its own."""
         tool = self._tools.get(request.tool_call["name"])
-        with self._paid(request):
+        with self._paid(request), within(telling(tool=request.tool_call["name"])):
             if tool is None:
                 return await handler(request)
             async with self._operation(tool) as op:

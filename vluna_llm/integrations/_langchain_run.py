@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from langchain_core.runnables.config import ensure_config
 
-from ..context import ARGUMENTS, CallContext, make_context, within
+from ..context import ARGUMENTS, CallContext, make_context, telling, within
 from ..errors import ConfigurationError
-from ..identity import MAX_LABELS, plain_text
 from ..scoped import scoped
 
 if TYPE_CHECKING:
@@ -90,13 +88,12 @@ def run_of_call(manager: Any) -> Run:
 
 
 def payer_of(run: Run, vluna: Vluna) -> CallContext:
-    """Who pays by the config of this run, and its labels; no principal where the config names nobody.
+    """Who pays by the config of this run, and what it is; no principal where the config names nobody.
 
     Raises:
         ConfigurationError: what the config or the handler's function names cannot be billed. In ``observe`` that is
             told, and the surrounding call context pays.
     """
-    labels = _labels(run)
     try:
         named = _named(run)
     except Exception:
@@ -104,9 +101,7 @@ def payer_of(run: Run, vluna: Vluna) -> CallContext:
             raise
         vluna.internal_error("langchain.identity")
         named = CallContext()
-    room = MAX_LABELS - len(named.labels)
-    kept = dict(list(labels.items())[: max(room, 0)])
-    return CallContext(labels=MappingProxyType(kept)).override(named)
+    return telling(run_id=run.run_id, node=run.metadata.get("langgraph_node")).override(named)
 
 
 @contextmanager
@@ -142,8 +137,3 @@ def context_of(payer: object, what: str) -> CallContext:
             f"{what} a mapping with {', '.join(sorted(unknown))}; it takes {', '.join(CONTEXT_FIELDS)}."
         )
     return make_context(**payer)
-
-
-def _labels(run: Run) -> dict[str, str]:
-    found = {"run_id": run.run_id, "node": run.metadata.get("langgraph_node")}
-    return {name: text for name, value in found.items() if (text := plain_text(value))}

@@ -32,9 +32,8 @@ except ImportError as error:
         name="pydantic_ai",
     ) from error
 
-from ..context import CallContext, call_context, current_context, within
+from ..context import CallContext, call_context, current_context, telling, within
 from ..errors import ConfigurationError, VlunaError
-from ..identity import MAX_LABELS, plain_text
 from ._pydantic_ai_call import Refusals
 from ._pydantic_ai_model import VlunaModel
 
@@ -120,7 +119,7 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
         Raises:
             VlunaError: the gate refused the tool; it was not run.
         """
-        with self._paying():
+        with self._paying(), within(telling(tool=call.tool_name)):
             feature_code = self.tools.get(call.tool_name)
             if feature_code is None:
                 return await handler(args)
@@ -153,9 +152,9 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
         named = self.identity(ctx) if self.identity is not None else None
         if inspect.isawaitable(named):
             named = await named
-        labels = _labels(ctx)
+        run = telling(run_id=getattr(ctx, "run_id", None), agent=getattr(getattr(ctx, "agent", None), "name", None))
         try:
-            return _context(named or {}, labels)
+            return _context(named or {}).override(run)
         except VlunaError as error:
             if self.vluna.mode == "enforce":
                 raise
@@ -165,20 +164,12 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
                 {"error.type": type(error).__name__},
                 message=f"{error} The run goes on for whoever pays for the surrounding work",
             )
-            return _context({}, labels)
+            return _context({}).override(run)
 
 
-def _labels(ctx: Any) -> dict[str, str]:
-    agent = getattr(ctx, "agent", None)
-    told = {"run_id": getattr(ctx, "run_id", None), "agent": getattr(agent, "name", None)}
-    return {name: text for name, value in told.items() if (text := plain_text(value))}
-
-
-def _context(named: Mapping[str, Any], labels: Mapping[str, str]) -> CallContext:
-    own = named.get("labels") or {}
-    room = MAX_LABELS - len(own)
+def _context(named: Mapping[str, Any]) -> CallContext:
     try:
-        entered = call_context(**{**named, "labels": {**dict(list(labels.items())[: max(room, 0)]), **own}})
+        entered = call_context(**named)
     except TypeError:
         unknown = ", ".join(sorted(map(str, named)))
         raise ConfigurationError(

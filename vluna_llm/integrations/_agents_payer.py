@@ -98,12 +98,15 @@ def run_of_call() -> CallContext:
 
     A model is not told who calls it. The SDK's current span, a turn's or the agent's, says so also without tracing.
     """
-    span, trace = get_current_span(), get_current_trace()
-    data = getattr(span, "span_data", None)
+    data = getattr(get_current_span(), "span_data", None)
     kind = getattr(data, "type", None)
-    agent = getattr(data, "agent_name", None) or (getattr(data, "name", None) if kind == "agent" else None)
-    trace_id = getattr(trace, "trace_id", None)
-    return telling(run_id=trace_id if trace_id != _NO_TRACE else None, agent=agent)
+    return run_of(getattr(data, "agent_name", None) or (getattr(data, "name", None) if kind == "agent" else None))
+
+
+def run_of(agent: object, tool: object = None) -> CallContext:
+    """What is told of work of this agent in the run that is under way."""
+    trace_id = getattr(get_current_trace(), "trace_id", None)
+    return telling(run_id=trace_id if trace_id != _NO_TRACE else None, agent=agent, tool=tool)
 
 
 @contextmanager

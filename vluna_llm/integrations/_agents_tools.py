@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from agents import AgentsException, FunctionTool
 
-from ..context import telling, within
+from ..context import within
 from ..errors import ConfigurationError, VlunaError
 from ..manual import OperationContext
 from ..scoped import unset
-from ._agents_payer import Identity, inheriting
+from ._agents_payer import Identity, inheriting, run_of
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -116,11 +116,8 @@ async def _used(invoke: Invoke, context: Any, arguments: str, price: Price | Non
     use = _Use()
     token = _use.set(use)
     try:
-        told = telling(tool=_name(context, "tool_name"), agent=_name(getattr(context, "agent", None), "name"))
-        with (
-            within(told),
-            inheriting(identity, context.context) if identity is not None else nullcontext(),
-        ):
+        told = run_of(getattr(getattr(context, "agent", None), "name", None), getattr(context, "tool_name", None))
+        with within(told), inheriting(identity, context.context) if identity is not None else nullcontext():
             if price is None:
                 result = await invoke(context, arguments)
             else:
@@ -136,11 +133,6 @@ async def _used(invoke: Invoke, context: Any, arguments: str, price: Price | Non
         unset(_use, token)
     use.raise_refusal()
     return result
-
-
-def _name(holder: Any, name: str) -> str | None:
-    found = getattr(holder, name, None)
-    return found if isinstance(found, str) else None
 
 
 def _identity_of(context: Any) -> Identity | None:

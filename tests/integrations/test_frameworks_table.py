@@ -6,9 +6,13 @@ In each the run is also made without us, before: what the caller gets, text or e
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import importlib
 import itertools
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,3 +225,40 @@ def test_labels(scene: Scene) -> None:
     (of_the_tool,) = tools
     cell = CELLS["labels of the bookings", scene.kind.name]
     assert of_the_tool | set(scene.kind.labels) == set(re.findall(r"`(.*?)`", cell))
+
+
+def installed() -> list[Any]:
+    """The frameworks that this environment has."""
+    found = []
+    for kind in STAGES.values():
+        try:
+            importlib.import_module(kind.package)
+        except ImportError:
+            continue
+        found.append(kind)
+    return found
+
+
+def test_one_task_across_frameworks_and_threads(gate: Sandbox, make_vluna: Any) -> None:
+    """Its scope adds up what all of them were charged: each in a thread and a loop of its own, at once."""
+    kinds = installed()
+    if not kinds:
+        pytest.skip("no framework is installed here")
+    vluna, customer = make_vluna(gate), f"reader_{next(_customers)}"
+    with ExitStack() as stack, ThreadPoolExecutor() as threads:
+        stages = [kind(stack.enter_context(kind.models()), vluna) for kind in kinds]
+        with call_context(principal_id=customer) as scope:
+            runs = [
+                threads.submit(contextvars.copy_context().run, asyncio.run, stage.play(Chapter())) for stage in stages
+            ]
+            tolds = [run.result(30) for run in runs]
+        assert [told.error for told in tolds] == [None] * len(kinds)
+    assert scope.wait(10)
+    assert vluna.flush(10)
+    booked = gate.booked(customer)
+    assert len(booked.entries) == 4 * len(kinds)
+    assert (scope.settled_xusd, scope.estimated_xusd, scope.pending) == (booked.charged_xusd, 0, 0)
+    assert booked.charged_xusd > 0
+    assert {receipt.operation_id for receipt in scope.receipts} == {
+        entry.labels["operation_id"] for entry in booked.entries
+    }

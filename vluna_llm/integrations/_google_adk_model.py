@@ -126,6 +126,18 @@ class VlunaLlm(BaseLlm):  # type: ignore[misc]
             return _Call(self._vluna, bound, Slot(), None, None)
 
 
+def metered(model: BaseLlm, vluna: Vluna, payer: CallContext) -> VlunaLlm:
+    """The model for one request, whoever it serves otherwise; what is bound to a `VlunaLlm` wins over ``payer``."""
+    if type(model) is VlunaLlm:
+        inner, vluna, bound = model.wrapped, model._vluna, model._bound
+        made = VlunaLlm(inner, vluna)
+        made._bound = payer if bound is None else payer.override(bound)
+        return made
+    made = VlunaLlm(model, vluna)
+    made._bound = payer
+    return made
+
+
 class _Call:
     """One request until it is settled: by us, or by a metered client inside that claimed it. Never raises."""
 

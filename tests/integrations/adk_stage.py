@@ -51,9 +51,9 @@ class Bench:
     upstream: GeminiUpstream
     customer: str
 
-    def gemini(self) -> Gemini:
+    def gemini(self, name: str = NAME) -> Gemini:
         options = {"api_key": "none", "http_options": types.HttpOptions(base_url=self.upstream.host)}
-        return Gemini(model=NAME, client_kwargs=options)
+        return Gemini(model=name, client_kwargs=options)
 
     def agent(self, model: Any = None, **options: Any) -> LlmAgent:
         return LlmAgent(name="helper", model=model or wrap_model(self.gemini(), self.vluna), **options)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from google.adk.models import FallbackModel
 from google.adk.models.base_llm import BaseLlm
 from google.adk.models.registry import LLMRegistry
 from pydantic import ConfigDict, PrivateAttr
@@ -68,11 +69,16 @@ class VlunaLlm(BaseLlm):  # type: ignore[misc]
         return self.wrapped.capabilities
 
     async def generate_content_async(self, llm_request: Any, stream: bool = False) -> AsyncGenerator[Any, None]:
-        """One operation.
+        """One operation; of a `FallbackModel`, one of each model that it tries.
 
         Raises:
             VlunaError: the gate refused, or nobody pays; the provider was not called.
         """
+        if isinstance(self.wrapped, FallbackModel):
+            async with aclosing(self._each_metered(self.wrapped).generate_content_async(llm_request, stream)) as tried:
+                async for response in tried:
+                    yield response
+            return
         call = await self._begin(llm_request, stream=stream)
         responses = self.wrapped.generate_content_async(llm_request, stream)
         try:
@@ -110,6 +116,12 @@ class VlunaLlm(BaseLlm):  # type: ignore[misc]
             self._vluna.internal_error("google_adk.live")
         connection: AbstractAsyncContextManager[Any] = self.wrapped.connect(llm_request)
         return connection
+
+    def _each_metered(self, several: FallbackModel) -> FallbackModel:
+        """The same model, each of whose members is metered by itself: which one answers decides what is sold."""
+        payer = self._bound or CallContext()
+        members = [metered(several._delegate(entry), self._vluna, payer) for entry in several.models]
+        return several.model_copy(update={"models": members})
 
     async def _begin(self, llm_request: Any, *, stream: bool) -> _Call:
         bound = self._bound

@@ -175,7 +175,8 @@ def about_to_run(tool: Any, context: Any, use: Use) -> None:
         TypeError: objects of this kind cannot be put into another class.
     """
     if not getattr(tool, _GATED, False):
-        tool.__class__ = _gated(type(tool))
+        kind: Any = type(tool)
+        tool.__class__ = _gated(kind)
     setattr(context, _USE, use)
 
 

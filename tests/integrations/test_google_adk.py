@@ -18,6 +18,7 @@ from google.adk.models.base_llm import BaseLlm
 from google.adk.models.llm_request import LlmRequest
 from google.adk.models.llm_response import LlmResponse
 from google.genai import errors, types
+from pydantic import PrivateAttr
 
 from vluna_llm import Vluna, call_context
 from vluna_llm.errors import ConfigurationError, GateDenied, MissingPrincipal
@@ -274,6 +275,38 @@ def test_the_numbers_of_other_models() -> None:
     assert usage.cache_write_tokens == 30
     assert usage_of(None) is None
     assert usage_of(made()) is None
+
+
+class Pairing(Gemini):
+    """A model for which ADK keeps the ids of its calls, by its class and one of its fields."""
+
+    use_interactions_api: bool = True
+    _asked: list[Any] = PrivateAttr(default_factory=list)
+
+    async def generate_content_async(self, llm_request: Any, stream: bool = False) -> Any:
+        self._asked.append([part.function_call and part.function_call.id for part in _parts(llm_request)])
+        call = types.Part(function_call=types.FunctionCall(name="lookup", args={"word": "light"}))
+        part = types.Part(text="done") if len(self._asked) > 1 else call
+        yield LlmResponse(content=types.Content(role="model", parts=[part]), finish_reason=types.FinishReason.STOP)
+
+
+def _parts(request: Any) -> Any:
+    return [part for content in request.contents for part in content.parts]
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_adk_treats_a_wrapped_model_as_its_class(bench: Bench, wrapped: bool) -> None:
+    """It asks which class a model is of, and what only that class has; a wrapped one is what it wraps."""
+    inner = Pairing(model=NAME)
+    model = wrap_model(wrap_model(inner, bench.vluna), bench.vluna) if wrapped else inner
+    bench.run(bench.said(bench.agent(model, tools=[lookup])))
+    assert len(inner._asked) == 2
+    assert any(call_id and call_id.startswith("adk-") for call_id in inner._asked[1])
+    assert isinstance(model, Gemini)
+    assert repr(inner) in repr(model)
+    assert model.use_interactions_api
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = model.nothing
 
 
 def test_live_connections_are_told(bench: Bench, make_vluna: Callable[..., Vluna]) -> None:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class VlunaLlm(BaseLlm):  # type: ignore[misc]
     """A model of ADK whose requests are authorized before they are sent, and settled by what they used.
 
-    The model inside may be any `BaseLlm`. A client inside that is metered itself takes the operation over: it is
-    settled once; so is a model that is wrapped twice.
+    The model inside may be any `BaseLlm`; this one says that it is of its class, and has its attributes. A client
+    inside that is metered itself takes the operation over: it is settled once; so is a model that is wrapped twice.
 
     Args:
         wrapped: the model, or its name, which ADK's registry resolves.
@@ -54,6 +54,24 @@ class VlunaLlm(BaseLlm):  # type: ignore[misc]
         self._vluna = vluna
         self._bound = make_context(**bound) if bound else None
 
+    def __getattr__(self, name: str) -> Any:
+        """What the model inside has besides; pydantic looks its private attributes up here first."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "wrapped" or name.startswith("__"):
+                raise
+            return getattr(self.wrapped, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        """The class of the model inside: ADK asks for it, and treats some models in ways of their own."""
+        kind: type[Any] = self.wrapped.__class__
+        return kind
+
+    def __repr__(self) -> str:
+        return f"VlunaLlm({self.wrapped!r})"
+
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> VlunaLlm:
         """The same model: it holds connections and the metering, which are nobody's to copy."""
         return self
@@ -74,7 +92,7 @@ class VlunaLlm(BaseLlm):  # type: ignore[misc]
         Raises:
             VlunaError: the gate refused, or nobody pays; the provider was not called.
         """
-        if isinstance(self.wrapped, FallbackModel):
+        if issubclass(type(self.wrapped), FallbackModel):  # not one of ours that says it is one
             async with aclosing(self._each_metered(self.wrapped).generate_content_async(llm_request, stream)) as tried:
                 async for response in tried:
                     yield response

@@ -317,9 +317,11 @@ def test_off_meters_nothing(bench: Bench, make_vluna: Callable[..., Vluna]) -> N
     """And asks nobody who pays."""
     bench.vluna = make_vluna(mode="off")
     bench.upstream.script = SEARCHES
-    plugin = bench.plugin(identity=_lost, tools={"lookup": "tools.lookup"})
+    asked: list[Any] = []
+    plugin = bench.plugin(identity=asked.append, tools={"lookup": "tools.lookup"})
     assert bench.run(bench.said(bench.agent(bench.gemini(), tools=[lookup]), plugin), nobody=True)
     assert bench.leases() == []
+    assert asked == []
 
 
 def test_the_environment_is_enough(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

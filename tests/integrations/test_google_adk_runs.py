@@ -23,6 +23,7 @@ from google.adk.apps.app import EventsCompactionConfig
 from google.adk.apps.llm_event_summarizer import LlmEventSummarizer
 from google.adk.models import Gemini
 from google.adk.models.base_llm import BaseLlm
+from google.adk.models.llm_request import LlmRequest
 from google.adk.models.llm_response import LlmResponse
 from google.adk.plugins.base_plugin import BasePlugin
 from google.adk.runners import InMemoryRunner
@@ -345,6 +346,21 @@ def test_a_refusal_is_no_reason_to_fall_back(bench: Bench, stream: bool, wrapped
         bench.run(bench.said(agent, bench.plugin(), user=bench.customer, stream=stream), nobody=True)
     assert bench.upstream.posts() == []
     assert bench.leases() == []
+
+
+def test_the_consumer_leaves_a_fallback(bench: Bench) -> None:
+    """The model that answers is settled at once, not when the loop comes to close what was dropped."""
+    bench.upstream.behaviour = "hang"
+
+    async def program() -> None:
+        asked = LlmRequest(model=PRO, contents=[QUESTION])
+        answers = fallback(bench, "whole").generate_content_async(asked, stream=True)
+        await anext(answers)
+        await answers.aclose()
+        assert bench.vluna.flush(10)  # the loop does nothing meanwhile
+        assert bench.leases() == ["canceled"]
+
+    bench.run(program())
 
 
 def fallback(bench: Bench, wrapped: str) -> BaseLlm:

@@ -110,6 +110,24 @@ def test_two_uses_at_once_are_two_operations(bench: Bench) -> None:
     assert type(tool).__name__ == "Search"
 
 
+def test_a_tool_inside_of_a_tool_is_part_of_it(bench: Bench) -> None:
+    """Also one that is sold itself where the model calls it: who hands its context on sells its own use alone."""
+    inner = Search()
+
+    async def deep(word: str, tool_context: ToolContext) -> Any:
+        """Search deeply."""
+        return await inner.run_async(args={"word": word}, tool_context=tool_context)
+
+    bench.upstream.script = turns(
+        Turn(calls=[("search", {"word": "light"})]), Turn(calls=[("deep", {"word": "light"})]), Turn()
+    )
+    agent = bench.agent(bench.gemini(), tools=[inner, deep])
+    plugin = bench.plugin(tools={"search": "tools.search", "deep": "tools.deep"})
+    bench.run(bench.said(agent, plugin, user=bench.customer), nobody=True)
+    assert inner.uses == 2
+    assert sorted(bench.books()) == sorted([MODEL] * 3 + [SOLD, ("tools.deep", 1)])
+
+
 def test_a_tool_in_a_runner_without_the_plugin_is_as_before(bench: Bench) -> None:
     """Also one that was sold elsewhere, and at the same time."""
     tool = Search()

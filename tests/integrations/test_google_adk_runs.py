@@ -325,7 +325,7 @@ def test_too_many_requests_of_a_run(bench: Bench) -> None:
 # -- several models ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrapped", ["plugin", "whole", "members"])
+@pytest.mark.parametrize("wrapped", ["plugin", "whole", "members", "twice"])
 def test_the_second_model_answers(bench: Bench, stream: bool, wrapped: str) -> None:
     """Each model that is tried is an operation under its own feature; the one that failed costs nothing."""
     agent = bench.agent(fallback(bench, wrapped))
@@ -336,7 +336,7 @@ def test_the_second_model_answers(bench: Bench, stream: bool, wrapped: str) -> N
 
 
 @pytest.mark.parametrize("kind", ["quota", "rate"])
-@pytest.mark.parametrize("wrapped", ["plugin", "whole", "members"])
+@pytest.mark.parametrize("wrapped", ["plugin", "whole", "members", "twice"])
 def test_a_refusal_is_no_reason_to_fall_back(bench: Bench, stream: bool, wrapped: str, kind: str) -> None:
     """Not even that of a rate, for whose status ADK would move on: the gate is not asked for the second model."""
     limit = getattr(bench.gate, kind)
@@ -369,8 +369,10 @@ def fallback(bench: Bench, wrapped: str) -> BaseLlm:
     models: list[Any] = [bench.gemini(PRO), bench.gemini()]
     if wrapped == "members":
         models = [wrap_model(model, bench.vluna) for model in models]
-    whole = FallbackModel(models=models)
-    return wrap_model(whole, bench.vluna) if wrapped == "whole" else whole
+    whole: BaseLlm = FallbackModel(models=models)
+    for _ in range({"whole": 1, "twice": 2}.get(wrapped, 0)):
+        whole = wrap_model(whole, bench.vluna)
+    return whole
 
 
 # -- what is not metered -----------------------------------------------------------------------------------------------

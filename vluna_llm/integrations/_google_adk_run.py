@@ -101,19 +101,18 @@ def agent_of(invocation: Any) -> Any:
     return getattr(agent, "__dict__", {}).get(_STANDS_FOR, agent)
 
 
-def resolve_next(invocation: Any, name: str, resolve: Callable[[Any], Any]) -> None:
-    """Let ``resolve`` make something of the model which the flow will look up next, as its agent's property ``name``.
+def resolve_next(invocation: Any, method: str, resolve: Callable[[Any], Any]) -> None:
+    """Let ``resolve`` make something of the model which the flow will look up next, by this method of its agent.
 
     The flow asks ``invocation.agent``. So a copy of the agent stands there until then; the agent itself, which other
     runs use at the same time, is never touched. What ``resolve`` raises comes out of the run as it is.
     """
     agent = agent_of(invocation)
-    method = f"{name}_async"
 
     async def resolved(context: Any) -> Any:
         invocation.agent = agent
         found = getattr(agent, method, None)
-        return resolve(getattr(agent, name) if found is None else await found(context))
+        return resolve(getattr(agent, method.removesuffix("_async")) if found is None else await found(context))
 
     twin = copy.copy(agent)
     twin.__dict__.update({method: resolved, _STANDS_FOR: agent})

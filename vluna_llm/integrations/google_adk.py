@@ -127,7 +127,7 @@ class VlunaPlugin(BasePlugin):  # type: ignore[misc]
         try:
             invocation = callback_context._invocation_context  # the one in use: the public method copies it
             if invocation.live_request_queue is not None and hasattr(type(agent), "canonical_live_model"):
-                resolve_next(invocation, "canonical_live_model", self._told)
+                resolve_next(invocation, "canonical_live_model_async", self._told)
             hosted = any(kind.__name__ == "ManagedAgent" for kind in type(agent).__mro__)
         except Exception:
             self.vluna.internal_error("google_adk.agent")
@@ -151,7 +151,7 @@ class VlunaPlugin(BasePlugin):  # type: ignore[misc]
                     return self._told(model)
                 return self._metered(model, payer)
 
-            resolve_next(invocation, "canonical_model", resolve)
+            resolve_next(invocation, "canonical_model_async", resolve)
         except Exception:
             self.vluna.internal_error("google_adk.model")
 

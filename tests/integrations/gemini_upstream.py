@@ -1,7 +1,8 @@
 """Gemini at the edge of the tests: a fake, small server that speaks ``generateContent`` and its event stream.
 
 The numbers are those of `provider.Provider` in Gemini's words: 100 tokens read (40 of them cached), 15 written and 5
-thought, so that every test counts with the same 120. ``script`` says what the model does, by the request's body.
+thought, so that every test counts with the same 120. ``script`` says what the model does, by the request's body and
+the ``model`` of its path.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class _Gemini(_Handler):
     def _answer(self, path: str, body: Any) -> None:
         if self.owner.behaviour in ("silent", "down", "bad"):
             return super()._answer(path, body)
-        turn = self.owner.script(body)
+        model = path.rpartition("/models/")[2].partition(":")[0]
+        turn = self.owner.script({**body, "model": model})
         if turn.status != 200:
             error = {"code": turn.status, "message": "scripted", "status": "INTERNAL"}
             return self._json({"error": error}, turn.status)

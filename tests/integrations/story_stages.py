@@ -246,7 +246,7 @@ class Adk(Stage):
 
         return wrap_model(wrap_model(model, self.vluna) if self.layered else model, self.vluna)
 
-    async def _run(self, agent: Any, chapter: Chapter) -> str:
+    async def _run(self, agent: Any, chapter: Chapter) -> list[str]:
         from google.adk.agents.run_config import RunConfig, StreamingMode
         from google.adk.apps import App
         from google.adk.runners import Runner
@@ -261,7 +261,7 @@ class Adk(Stage):
         sessions = InMemorySessionService()
         session = await sessions.create_session(app_name="tests", user_id="ann")
         runner = Runner(app=App(name="tests", root_agent=agent, plugins=plugins), session_service=sessions)
-        text = ""
+        pieces = []
         run = runner.run_async(
             user_id="ann",
             session_id=session.id,
@@ -272,10 +272,10 @@ class Adk(Stage):
             async for event in events:
                 for part in event.content.parts if event.content and event.partial else ():
                     if part.text:
-                        text += part.text
+                        pieces.append(part.text)
                         if chapter.read():
                             raise Left
-        return text
+        return pieces
 
     async def story(self, chapter: Chapter) -> str:
         from google.adk.agents import LlmAgent
@@ -287,7 +287,7 @@ class Adk(Stage):
 
         editor = LlmAgent(name="editor", model=self._model("gemini-2.5-flash"))
         writer = LlmAgent(name="writer", model=self._model("gemini-2.5-pro"), tools=[look_up], sub_agents=[editor])
-        return await self._run(writer, chapter)
+        return "".join(await self._run(writer, chapter))
 
     async def branches(self, chapter: Chapter) -> str:
         from google.adk.agents import LlmAgent, ParallelAgent
@@ -299,7 +299,8 @@ class Adk(Stage):
             return LlmAgent(name=name, model=self._model(model), before_agent_callback=ready)
 
         both = [branch("one", "gemini-2.5-flash"), branch("two", "gemini-3-pro")]
-        return await self._run(ParallelAgent(name="parent", sub_agents=both), chapter)
+        pieces = await self._run(ParallelAgent(name="parent", sub_agents=both), chapter)
+        return "".join(sorted(pieces))  # those of both come as they come
 
 
 class Anthropic(Stage):

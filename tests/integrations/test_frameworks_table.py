@@ -53,26 +53,28 @@ class Scene:
     customer: str
 
     def play(
-        self, chapter: Chapter, plan: dict[int, str] | None = None, *, layered: bool = False, **limits: Any
+        self, chapter: Chapter, plan: dict[int, str] | None = None, *, layered: bool = False, **context: Any
     ) -> Told:
         """With us, until everything is settled."""
-        return self._played(self.kind(self.provider, self.vluna, layered), chapter, plan, **limits)
+        return self._played(self.kind(self.provider, self.vluna, layered), chapter, plan, **context)
 
     def bare(self, chapter: Chapter, plan: dict[int, str] | None = None) -> Told:
         """Without us."""
         return self._played(self.kind(self.provider, None), chapter, plan)
 
-    def _played(self, stage: Stage, chapter: Chapter, plan: dict[int, str] | None, **limits: Any) -> Told:
+    def _played(
+        self, stage: Stage, chapter: Chapter, plan: dict[int, str] | None, customer: str = "", **limits: Any
+    ) -> Told:
         self.provider.requests.clear()
         self.provider.released.clear()
         self.provider.plan = plan or {}
-        with call_context(principal_id=self.customer, **limits) as scope:
+        with call_context(principal_id=customer or self.customer, **limits) as scope:
             told = _loop.run_until_complete(stage.play(chapter))
         self.provider.released.set()
         assert scope.wait(10)
         assert self.vluna.flush(10)
         assert (
-            scope.settled_xusd == self.gate.booked(self.customer).charged_xusd
+            scope.settled_xusd == self.gate.booked(customer or self.customer).charged_xusd
         )  # the cost of the task, as the gate has it
         return told
 
@@ -144,13 +146,14 @@ def test_refused_in_the_middle(scene: Scene) -> None:
 
 
 def test_beyond_the_budget_of_the_task(scene: Scene) -> None:
-    """There is room for the first call, by what it is expected to take, and for the tool; but not for two calls."""
+    """There is room for the first call, by what it is expected to take, and for the tool; not for two calls."""
+    scene.play(Chapter(), customer=f"{scene.customer}_before")  # so that what is expected is what is used
     scene.gate.set_credit(scene.customer, 0)
     scene.play(Chapter())
     asked = scene.gate.requests[-1]
     assert asked.path.endswith("/authorize")
     scene.gate.set_credit(scene.customer, 10_000_000)
-    told = scene.play(Chapter(), max_tokens=max(int(asked.body["estimated_quantity_minor"]), 121))
+    told = scene.play(Chapter(), max_tokens=max(int(asked.body["estimated_quantity_minor"]), 121) + 1)
     assert type(told.error) is BudgetExceeded
     assert len(scene.provider.posts()) == 1
     the_cell(scene, "the task's `max_tokens` is used up")

@@ -4,128 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 pytest.importorskip("google.adk", reason="Google ADK is not installed: pip install google-adk")
 
-from gemini_upstream import GeminiUpstream, Turn, turns
-from google.adk.agents import LlmAgent
-from google.adk.agents.run_config import RunConfig, StreamingMode
+from adk_stage import FEATURE, NAME, Bench, bench_fixture, lookup, stream_fixture  # noqa: F401
+from gemini_upstream import Turn, turns
 from google.adk.models import Gemini
 from google.adk.models.base_llm import BaseLlm
 from google.adk.models.llm_request import LlmRequest
 from google.adk.models.llm_response import LlmResponse
-from google.adk.runners import Runner
-from google.adk.sessions import InMemorySessionService
 from google.genai import errors, types
+from pydantic import PrivateAttr
 
 from vluna_llm import Vluna, call_context
 from vluna_llm.errors import ConfigurationError, GateDenied, MissingPrincipal
 from vluna_llm.integrations._google_adk_words import usage_of
 from vluna_llm.integrations.google_adk import VlunaLlm, wrap_model
-from vluna_llm.sandbox import Sandbox
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-
-NAME = "gemini-2.5-flash"
-FEATURE = f"google.{NAME}"
-SSE = RunConfig(streaming_mode=StreamingMode.SSE)
-
-
-def lookup(word: str) -> dict[str, str]:
-    """Look a word up."""
-    return {"meaning": f"of {word}"}
-
-
-@dataclass
-class Bench:
-    """Makes models and runs agents for one customer, whose books it reads."""
-
-    vluna: Vluna
-    gate: Sandbox
-    upstream: GeminiUpstream
-    customer: str
-
-    def gemini(self) -> Gemini:
-        options = {"api_key": "none", "http_options": types.HttpOptions(base_url=self.upstream.host)}
-        return Gemini(model=NAME, client_kwargs=options)
-
-    def agent(self, model: Any = None, **options: Any) -> LlmAgent:
-        return LlmAgent(name="helper", model=model or wrap_model(self.gemini(), self.vluna), **options)
-
-    async def events(self, agent: Any, *, user: str = "ann", stream: bool = False) -> AsyncIterator[Any]:
-        """One message of a user to a runner of its own."""
-        sessions = InMemorySessionService()
-        session = await sessions.create_session(app_name="tests", user_id=user)
-        runner = Runner(app_name="tests", agent=agent, session_service=sessions)
-        message = types.Content(role="user", parts=[types.Part(text="What is a lighthouse for?")])
-        events = runner.run_async(
-            user_id=user, session_id=session.id, new_message=message, run_config=SSE if stream else None
-        )
-        try:
-            async for event in events:
-                yield event
-        finally:
-            await events.aclose()
-
-    async def said(self, agent: Any, **options: Any) -> str:
-        """The text of the last event."""
-        texts = [
-            part.text
-            async for event in self.events(agent, **options)
-            for part in (event.content.parts if event.content else [])
-            if part.text and not event.partial
-        ]
-        return texts[-1] if texts else ""
-
-    def run(self, program: Coroutine[Any, Any, Any], *, nobody: bool = False) -> Any:
-        """Run it in a loop of its own, for the customer, until everything is settled."""
-
-        async def main() -> Any:
-            with call_context(principal_id=None if nobody else self.customer):
-                return await program
-
-        try:
-            return asyncio.run(main())
-        finally:
-            assert self.vluna.flush(10)
-
-    def books(self, customer: str | None = None) -> list[tuple[str, int]]:
-        """What was charged, as (feature, quantity), in the gate's order."""
-        entries = self.gate.booked(customer or self.customer).entries
-        assert all(entry.status == "applied" for entry in entries)
-        return [(entry.feature, entry.quantity) for entry in entries]
-
-    def leases(self, customer: str | None = None) -> list[str]:
-        return [lease.state for lease in self.gate.leases(customer or self.customer)]
-
-    def charged(self, times: int, customer: str | None = None) -> None:
-        """So many model requests were asked for and charged in full, and nothing else was asked."""
-        assert self.books(customer) == [(FEATURE, 120)] * times
-        assert self.leases(customer) == ["closed"] * times
-
-    def cancelled(self, *earlier: tuple[str, int]) -> None:
-        """The last lease was given back; only what came earlier is charged."""
-        assert self.books() == list(earlier)
-        assert self.leases() == [*["closed"] * len(earlier), "canceled"]
-
-
-@pytest.fixture
-def bench(vluna: Vluna, shared_gate: Sandbox, customer: str) -> Iterator[Bench]:
-    with GeminiUpstream() as upstream:
-        upstream.released.clear()
-        yield Bench(vluna, shared_gate, upstream, customer)
-
-
-@pytest.fixture(params=[False, True], ids=["whole", "sse"])
-def stream(request: pytest.FixtureRequest) -> bool:
-    """Whether the answer is streamed."""
-    return request.param is True
-
 
 # -- answers -----------------------------------------------------------------------------------------------------------
 
@@ -375,6 +275,38 @@ def test_the_numbers_of_other_models() -> None:
     assert usage.cache_write_tokens == 30
     assert usage_of(None) is None
     assert usage_of(made()) is None
+
+
+class Pairing(Gemini):
+    """A model for which ADK keeps the ids of its calls, by its class and one of its fields."""
+
+    use_interactions_api: bool = True
+    _asked: list[Any] = PrivateAttr(default_factory=list)
+
+    async def generate_content_async(self, llm_request: Any, stream: bool = False) -> Any:
+        self._asked.append([part.function_call and part.function_call.id for part in _parts(llm_request)])
+        call = types.Part(function_call=types.FunctionCall(name="lookup", args={"word": "light"}))
+        part = types.Part(text="done") if len(self._asked) > 1 else call
+        yield LlmResponse(content=types.Content(role="model", parts=[part]), finish_reason=types.FinishReason.STOP)
+
+
+def _parts(request: Any) -> Any:
+    return [part for content in request.contents for part in content.parts]
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_adk_treats_a_wrapped_model_as_its_class(bench: Bench, wrapped: bool) -> None:
+    """It asks which class a model is of, and what only that class has; a wrapped one is what it wraps."""
+    inner = Pairing(model=NAME)
+    model = wrap_model(wrap_model(inner, bench.vluna), bench.vluna) if wrapped else inner
+    bench.run(bench.said(bench.agent(model, tools=[lookup])))
+    assert len(inner._asked) == 2
+    assert any(call_id and call_id.startswith("adk-") for call_id in inner._asked[1])
+    assert isinstance(model, Gemini)
+    assert repr(inner) in repr(model)
+    assert model.use_interactions_api
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = model.nothing
 
 
 def test_live_connections_are_told(bench: Bench, make_vluna: Callable[..., Vluna]) -> None:

@@ -9,21 +9,22 @@ keeps it, the hook finds it in the context that its task has copied, and writes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from agents import get_current_span, get_current_trace
 
-from ..context import CallContext, make_context, telling, within
+from ..context import CallContext, telling, within
 from ..errors import ConfigurationError
 from ..scoped import scoped
+from ._payer import named
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
 
-Identity = Callable[[Any], "CallContext | Mapping[str, Any] | None"]
-"""From the run's context object to who pays: a `CallContext`, its fields by name, or None for the surrounding one."""
+Identity = Callable[[Any], "CallContext | Mapping[str, Any] | str | None"]
+"""From the run's context object to who pays: an id, a `CallContext`, its fields, or None for the surrounding one."""
 
 
 class Turn:
@@ -72,21 +73,13 @@ def fill_in(context: Any) -> None:
     turn.told = True
 
 
-def read(identity: Identity, context: Any) -> CallContext | None:
+def read(identity: Identity, context: Any) -> CallContext:
     """Who pays, by the run's context object.
 
     Raises:
         ConfigurationError: what ``identity`` gave has fields that a call context has not, or ids that cannot be signed.
     """
-    found = identity(context)
-    if found is None or isinstance(found, CallContext):
-        return found
-    try:
-        return make_context(**found)
-    except TypeError as error:
-        raise ConfigurationError(
-            f"identity= must give a CallContext, a dict of the arguments of call_context, or None: {error}."
-        ) from None
+    return named(identity(context), "identity= gave")
 
 
 _NO_TRACE = "no-op"
@@ -128,13 +121,12 @@ def paying(vluna: Vluna, turn: Turn | None, told: CallContext) -> Iterator[None]
                 "VlunaModelProvider(identity=...) learns of the run's context from hooks: pass hooks=VlunaRunHooks() "
                 "to Runner.run (and to as_tool, for a run inside a run), or wrap that tool in surface_refusals(...)."
             )
-    with within(told if payer is None else told.override(payer)):
+    with within(told.override(payer) if payer is not None else told):
         yield
 
 
 @contextmanager
 def inheriting(identity: Identity, context: Any) -> Iterator[None]:
     """What runs in the ``with`` (a tool, and the runs inside it) bills whom this run's context names."""
-    payer = read(identity, context)
-    with scoped(_inherited, identity), within(payer) if payer is not None else nullcontext():
+    with scoped(_inherited, identity), within(read(identity, context)):
         yield

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import types
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from ..errors import ConfigurationError, VlunaError
 from ..manual import OperationContext
 from ..scoped import unset
 from ._agents_payer import Identity, inheriting, run_of
+from ._looking_like import looking_like
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -95,16 +95,9 @@ def passing(error: E) -> E:
     """The same error object, which the SDK passes on as it is from now on."""
     if not isinstance(error, AgentsException):
         kind: Any = type(error)
-        error.__class__ = _joined(kind, (kind, AgentsException))
+        error.__class__ = looking_like(kind, (kind, AgentsException))
         error.run_data = None  # type: ignore[attr-defined]
     return error
-
-
-@functools.lru_cache(maxsize=64)
-def _joined(kind: Hashable, bases: tuple[type[Any], ...]) -> type[Any]:
-    """A class of these bases that looks like ``kind``, also in a traceback."""
-    named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return types.new_class(named["__qualname__"].rpartition(".")[2], bases, {}, lambda body: body.update(named))
 
 
 # -- using it ----------------------------------------------------------------------------------------------------------
@@ -192,6 +185,6 @@ def _dressed(invoker: Any, price: Price | None) -> Any:
 def _in_class(invoker: Any, price: Price | None) -> Any:
     if not isinstance(invoker, _Dressed):
         kind: Any = type(invoker)
-        invoker.__class__ = _joined(kind, (_Dressed, kind))
+        invoker.__class__ = looking_like(kind, (_Dressed, kind))
     invoker._vluna_price = price
     return invoker

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from google.adk.models import FallbackModel
 from google.adk.models.base_llm import BaseLlm
 from google.adk.models.registry import LLMRegistry
 from pydantic import ConfigDict, PrivateAttr
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 class VlunaLlm(BaseLlm):  # type: ignore[misc]
     """A model of ADK whose requests are authorized before they are sent, and settled by what they used.
 
-    The model inside may be any `BaseLlm`. A client inside that is metered itself takes the operation over: it is
-    settled once; so is a model that is wrapped twice.
+    The model inside may be any `BaseLlm`; this one says that it is of its class, and has its attributes. A client
+    inside that is metered itself takes the operation over: it is settled once; so is a model that is wrapped twice.
 
     Args:
         wrapped: the model, or its name, which ADK's registry resolves.
@@ -53,6 +54,24 @@ class VlunaLlm(BaseLlm):  # type: ignore[misc]
         self._vluna = vluna
         self._bound = make_context(**bound) if bound else None
 
+    def __getattr__(self, name: str) -> Any:
+        """What the model inside has besides; pydantic looks its private attributes up here first."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "wrapped" or name.startswith("__"):
+                raise
+            return getattr(self.wrapped, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        """The class of the model inside: ADK asks for it, and treats some models in ways of their own."""
+        kind: type[Any] = self.wrapped.__class__
+        return kind
+
+    def __repr__(self) -> str:
+        return f"VlunaLlm({self.wrapped!r})"
+
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> VlunaLlm:
         """The same model: it holds connections and the metering, which are nobody's to copy."""
         return self
@@ -68,11 +87,16 @@ class VlunaLlm(BaseLlm):  # type: ignore[misc]
         return self.wrapped.capabilities
 
     async def generate_content_async(self, llm_request: Any, stream: bool = False) -> AsyncGenerator[Any, None]:
-        """One operation.
+        """One operation; of a `FallbackModel`, one of each model that it tries.
 
         Raises:
             VlunaError: the gate refused, or nobody pays; the provider was not called.
         """
+        if issubclass(type(self.wrapped), FallbackModel):  # not one of ours that says it is one
+            async with aclosing(self._each_metered(self.wrapped).generate_content_async(llm_request, stream)) as tried:
+                async for response in tried:
+                    yield response
+            return
         call = await self._begin(llm_request, stream=stream)
         responses = self.wrapped.generate_content_async(llm_request, stream)
         try:
@@ -111,6 +135,12 @@ class VlunaLlm(BaseLlm):  # type: ignore[misc]
         connection: AbstractAsyncContextManager[Any] = self.wrapped.connect(llm_request)
         return connection
 
+    def _each_metered(self, several: FallbackModel) -> FallbackModel:
+        """The same model, each of whose members is metered by itself: which one answers decides what is sold."""
+        payer = self._bound or CallContext()
+        members = [metered(several._delegate(entry), self._vluna, payer) for entry in several.models]
+        return several.model_copy(update={"models": members})
+
     async def _begin(self, llm_request: Any, *, stream: bool) -> _Call:
         bound = self._bound
         try:
@@ -124,6 +154,18 @@ class VlunaLlm(BaseLlm):  # type: ignore[misc]
         except Exception:
             self._vluna.internal_error("google_adk.begin")
             return _Call(self._vluna, bound, Slot(), None, None)
+
+
+def metered(model: BaseLlm, vluna: Vluna, payer: CallContext) -> VlunaLlm:
+    """The model for one request, whoever it serves otherwise; what is bound to a `VlunaLlm` wins over ``payer``."""
+    if type(model) is VlunaLlm:
+        inner, vluna, bound = model.wrapped, model._vluna, model._bound
+        made = VlunaLlm(inner, vluna)
+        made._bound = payer if bound is None else payer.override(bound)
+        return made
+    made = VlunaLlm(model, vluna)
+    made._bound = payer
+    return made
 
 
 class _Call:

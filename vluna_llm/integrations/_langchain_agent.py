@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -13,33 +12,12 @@ except ImportError as error:
     raise ImportError("VlunaMiddleware needs LangChain's agents: pip install langchain", name="langchain") from error
 
 from ..context import make_context, telling, within
+from ._billable import BillableTool, billable
 from ._langchain_model import meter
 from ._langchain_run import paid_by, payer_of, run_of_config
 
 if TYPE_CHECKING:
-    from ..manual import OperationContext
     from ..vluna import Vluna
-
-
-def _one(result: Any) -> int:
-    return 1
-
-
-@dataclass(frozen=True, slots=True)
-class BillableTool:
-    """A tool that costs money.
-
-    Attributes:
-        feature_code: what is sold.
-        estimate: about how much, in the feature's unit.
-        quantity: what a result (``ToolMessage`` or ``Command``) comes to; 0 charges nothing.
-        feature_family_code: its family.
-    """
-
-    feature_code: str
-    estimate: int = 1
-    quantity: Callable[[Any], int] = _one
-    feature_family_code: str | None = None
 
 
 class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
@@ -67,11 +45,7 @@ class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
             vluna = Vluna.default()
         self.vluna = vluna
         self._bound = make_context(**bound) if bound else None
-        self._tools = {
-            name: BillableTool(found) if isinstance(found, str) else found for name, found in (tools or {}).items()
-        }
-        for tool in self._tools.values():
-            self._operation(tool)
+        self._tools = billable(tools, vluna)
 
     def wrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
         """The model is metered."""
@@ -87,7 +61,7 @@ class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
         with self._paid(request), within(telling(tool=request.tool_call["name"])):
             if tool is None:
                 return handler(request)
-            with self._operation(tool) as op:
+            with tool.operation(self.vluna) as op:
                 result = handler(request)
                 op.record(quantity=_quantity(tool, result))
                 return result
@@ -98,7 +72,7 @@ class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
         with self._paid(request), within(telling(tool=request.tool_call["name"])):
             if tool is None:
                 return await handler(request)
-            async with self._operation(tool) as op:
+            async with tool.operation(self.vluna) as op:
                 result = await handler(request)
                 op.record(quantity=_quantity(tool, result))
                 return result
@@ -106,11 +80,6 @@ class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
     def _metered(self, request: Any) -> Any:
         model = meter(request.model, self.vluna, self._bound)
         return request if model is request.model else request.override(model=model)
-
-    def _operation(self, tool: BillableTool) -> OperationContext:
-        return self.vluna.operation(
-            feature_code=tool.feature_code, estimate=tool.estimate, feature_family_code=tool.feature_family_code
-        )
 
     @contextmanager
     def _paid(self, request: Any) -> Iterator[None]:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from langchain_core.runnables.config import ensure_config
 
-from ..context import ARGUMENTS, CallContext, make_context, telling, within
-from ..errors import ConfigurationError
+from ..context import ARGUMENTS, CallContext, telling, within
 from ..scoped import scoped
+from ._payer import named
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -95,13 +95,13 @@ def payer_of(run: Run, vluna: Vluna) -> CallContext:
             told, and the surrounding call context pays.
     """
     try:
-        named = _named(run)
+        payer = _named(run)
     except Exception:
         if vluna.mode == "enforce":
             raise
         vluna.internal_error("langchain.identity")
-        named = CallContext()
-    return telling(run_id=run.run_id, node=run.metadata.get("langgraph_node")).override(named)
+        payer = CallContext()
+    return telling(run_id=run.run_id, node=run.metadata.get("langgraph_node")).override(payer)
 
 
 @contextmanager
@@ -115,25 +115,5 @@ def _named(run: Run) -> CallContext:
     for handler in run.handlers:
         identity = getattr(handler, "vluna_identity", None)
         if callable(identity):
-            return context_of(identity(run.metadata), "the identity function of VlunaCallbackHandler gave")
-    return context_of(run.metadata.get(METADATA_KEY), f'config["metadata"]["{METADATA_KEY}"] is')
-
-
-def context_of(payer: object, what: str) -> CallContext:
-    """The call context that a config or a function names.
-
-    Raises:
-        ConfigurationError: it is neither text nor a mapping, or names something that a call context does not take.
-    """
-    if payer is None:
-        return CallContext()
-    if isinstance(payer, str):
-        payer = {"principal_id": payer}
-    if not isinstance(payer, Mapping):
-        raise ConfigurationError(f"{what} a {type(payer).__name__}; name the customer: {{'principal_id': '...'}}.")
-    unknown = [str(name) for name in payer if name not in CONTEXT_FIELDS]
-    if unknown:
-        raise ConfigurationError(
-            f"{what} a mapping with {', '.join(sorted(unknown))}; it takes {', '.join(CONTEXT_FIELDS)}."
-        )
-    return make_context(**payer)
+            return named(identity(run.metadata), "the identity function of VlunaCallbackHandler gave", CONTEXT_FIELDS)
+    return named(run.metadata.get(METADATA_KEY), f'config["metadata"]["{METADATA_KEY}"] is', CONTEXT_FIELDS)

@@ -41,7 +41,8 @@ from ._langchain_run import METADATA_KEY, IdentityFunction, Payer
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
-    from ._langchain_agent import BillableTool, VlunaMiddleware
+    from ._billable import BillableTool
+    from ._langchain_agent import VlunaMiddleware
 
 __all__ = ["BillableTool", "VlunaCallbackHandler", "VlunaMiddleware", "may_retry", "wrap_model"]
 

@@ -1,0 +1,33 @@
+"""Who pays, as an application's function or a framework's own data names it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..context import ARGUMENTS, CallContext, make_context
+from ..errors import ConfigurationError
+
+
+def named(payer: object, what: str, fields: Sequence[str] = ARGUMENTS) -> CallContext:
+    """The call context that is named; an empty one where nobody is.
+
+    Args:
+        payer: a `CallContext`, the customer's id as text, the arguments of a call context by name, or None.
+        what: how an error begins, e.g. ``identity= gave``.
+        fields: the arguments that may be given here.
+
+    Raises:
+        ConfigurationError: it is none of these, names something else, or what it names cannot be billed.
+    """
+    if payer is None:
+        return CallContext()
+    if isinstance(payer, CallContext):
+        return payer
+    if isinstance(payer, str):
+        payer = {"principal_id": payer}
+    if not isinstance(payer, Mapping):
+        raise ConfigurationError(f"{what} a {type(payer).__name__}; name the customer: {{'principal_id': '...'}}.")
+    unknown = [str(name) for name in payer if name not in fields]
+    if unknown:
+        raise ConfigurationError(f"{what} a mapping with {', '.join(sorted(unknown))}; it takes {', '.join(fields)}.")
+    return make_context(**payer)

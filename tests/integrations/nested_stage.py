@@ -1,0 +1,306 @@
+"""What the tests of nested layers share: a provider, the gate's own books, and the metered clients that may be inside.
+
+A *source* is one model call of some client, as an async iterator of texts: ``source(stage, stream, payer)``, where
+``payer`` is whom the client is bound to, None for whoever pays for the surrounding work. A layer around it is made of
+the same, so a stack of two is a source again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import openai
+from agent_provider import AgentProvider, _ScriptedHandler
+from conftest import ask, each, eventually
+from upstream import _UpstreamHandler
+
+from vluna_llm import Vluna, call_context
+from vluna_llm.errors import VlunaError
+from vluna_llm.integrations.httpx import AsyncMeteringTransport, MeteringTransport
+from vluna_llm.sandbox import Sandbox
+
+HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
+TOKENS = 120
+"""What the provider reports of each answer."""
+OWN_TOKENS = 7
+"""What a layer says by itself of an answer that it was given by something inside: never charged where that is metered."""
+
+Texts = AsyncIterator[str]
+Source = Callable[["Stage", bool, "str | None"], Texts]
+
+_customers = itertools.count(1)
+
+
+class _Handler(_ScriptedHandler, _UpstreamHandler):  # type: ignore[misc]
+    owner: Any
+
+
+class NestedProvider(AgentProvider):
+    """OpenAI's APIs by a script, and Anthropic's Messages under ``/anthropic``."""
+
+    handler = _Handler
+    recorded: dict[str, Any] = {}  # noqa: RUF012
+
+    def reset(self) -> None:
+        """Nothing asked yet, well-behaved."""
+        self.behaviour = "ok"
+        self.pause = 0.02
+        self.says()
+        self.requests.clear()
+        self.responses.clear()
+        self.released.set()
+        self.released = type(self.released)()
+
+
+@dataclass
+class Books:
+    """What the gate has written down of one customer: authorizes asked, how each lease ended, quantities charged."""
+
+    asked: int
+    leases: list[str]
+    charged: list[int]
+
+    @classmethod
+    def of(cls, gate: Sandbox, customer: str) -> Books:
+        """As they are now."""
+        entries = gate.booked(customer).entries
+        assert all((entry.kind, entry.status) == ("commit", "applied") for entry in entries), entries
+        asked = [one for one in gate.requests if one.principal_id == customer and one.path.endswith("/authorize")]
+        leases = gate.leases(customer)
+        committed = [entry.lease_id for entry in entries]
+        assert len(set(committed)) == len(committed), "a lease was committed twice"
+        return cls(len(asked), [lease.state for lease in leases], [entry.quantity for entry in entries])
+
+
+NOTHING = Books(0, [], [])
+REFUSED = Books(1, [], [])
+GIVEN_BACK = Books(1, ["canceled"], [])
+
+
+def charged(*quantities: int) -> Books:
+    """Each by a lease of its own, and nothing else asked."""
+    return Books(len(quantities), ["closed"] * len(quantities), list(quantities))
+
+
+@dataclass
+class Stage:
+    """One metering for all tests, and what a single one of them needs."""
+
+    vluna: Vluna
+    gate: Sandbox
+    upstream: NestedProvider
+    loop: asyncio.AbstractEventLoop
+    closing: list[Any] = field(default_factory=list)
+
+    # -- clients ---------------------------------------------------------------------------------------------------
+
+    def client(self, *, sync: bool = False, **options: Any) -> Any:
+        """A bare client of OpenAI's, closed at the end of the work."""
+        kind = openai.OpenAI if sync else openai.AsyncOpenAI
+        client = kind(**{"base_url": self.upstream.base_url, "api_key": "sk", "max_retries": 0, **options})
+        self.closing.append(client)
+        return client
+
+    def metered(self, client: Any, payer: str | None = None) -> Any:
+        """The client metered, bound where there is a payer."""
+        return self.vluna.wrap(client) if payer is None else self.vluna.bind(client, principal_id=payer)
+
+    def http_client(self, payer: str | None = None, *, sync: bool = False) -> Any:
+        """An HTTP client, of the library that the SDK is made for, over a transport that meters."""
+        base = importlib.import_module("openai._base_client")
+        http = getattr(base, "httpx2", None) or base.httpx
+        who = {} if payer is None else {"principal_id": payer}
+        if sync:
+            return http.Client(transport=MeteringTransport(http.HTTPTransport(), self.vluna, **who))
+        return http.AsyncClient(transport=AsyncMeteringTransport(http.AsyncHTTPTransport(), self.vluna, **who))
+
+    # -- work ------------------------------------------------------------------------------------------------------
+
+    def customer(self, credit: int | None = None) -> str:
+        """One whom nobody knows yet."""
+        name = f"nested_{next(_customers)}"
+        if credit is not None:
+            self.gate.set_credit(name, credit)
+        return name
+
+    def run(self, work: Callable[[], Awaitable[Any]], customer: str) -> Any:
+        """Do it for the customer, until everything is settled."""
+
+        async def main() -> Any:
+            try:
+                with call_context(principal_id=customer) as scope:
+                    result = await work()
+                    if others := self.others():
+                        await asyncio.wait(others, timeout=10)
+                return result
+            finally:
+                for client in self.closing:
+                    await ask(client.close())
+                self.closing.clear()
+                scopes.append(scope)
+
+        scopes: list[Any] = []
+        try:
+            return self.loop.run_until_complete(main())
+        finally:
+            if scopes[0].pending:
+                assert eventually(lambda: gc.collect() >= 0 and scopes[0].pending == 0, 5), "never settled"
+            assert self.vluna.flush(10)
+
+    def others(self) -> list[asyncio.Task[Any]]:
+        """What works on in the background, but for LiteLLM's logging, which never ends."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        return [task for task in tasks if "LoggingWorker" not in repr(task)]
+
+    def books(self, customer: str) -> Books:
+        """What the gate says of the customer."""
+        return Books.of(self.gate, customer)
+
+
+async def all_of(texts: Texts) -> str:
+    """Read to the end."""
+    said = [text async for text in texts]
+    assert said, "no answer"
+    return "".join(said)
+
+
+async def left(texts: Texts) -> None:
+    """Read the first text, and leave."""
+    assert await anext(texts)
+    await texts.aclose()  # type: ignore[attr-defined]
+    del texts
+    gc.collect()
+
+
+async def cancelled(stage: Stage, texts: Texts) -> None:
+    """Cancel the task when the provider has been asked."""
+    task = asyncio.ensure_future(all_of(texts))
+    while not stage.upstream.posts() and not task.done():
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(0.02)
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        return
+    finally:
+        stage.upstream.released.set()
+    raise AssertionError("it was not cancelled")
+
+
+def refusal_in(error: BaseException) -> BaseException | None:
+    """Our own exception: this one, or the one that an answer of `MeteringTransport` stands for."""
+    if isinstance(error, VlunaError):
+        return error
+    response = getattr(error, "response", None)
+    return response.extensions.get("vluna_error") if response is not None else None
+
+
+# -- what may be inside ------------------------------------------------------------------------------------------------
+
+
+def chat(client: Any, stream: bool) -> Texts:
+    """One chat completion of a client."""
+    return chat_texts(lambda: client.chat.completions.create(model="gpt-4o", messages=HI, stream=stream), stream)
+
+
+async def chat_texts(make: Callable[[], Any], stream: bool) -> Texts:
+    """The texts of a chat completion; the stream is closed when it is left."""
+    answer = await ask(make())
+    if not stream:
+        yield answer.choices[0].message.content
+        return
+    try:
+        async for chunk in each(answer):
+            if chunk.choices and (text := chunk.choices[0].delta.content):
+                yield text
+    finally:
+        if (close := getattr(answer, "aclose", None) or getattr(answer, "close", None)) is not None:
+            await ask(close())
+
+
+def bare(stage: Stage, stream: bool, payer: str | None) -> Texts:
+    """A client that nobody meters: the layer around it has to settle."""
+    return chat(stage.client(), stream)
+
+
+def wrapped(stage: Stage, stream: bool, payer: str | None) -> Texts:
+    """``vluna.wrap(openai.AsyncOpenAI())``."""
+    return chat(stage.metered(stage.client(), payer), stream)
+
+
+def wrapped_sync(stage: Stage, stream: bool, payer: str | None) -> Texts:
+    """``vluna.wrap(openai.OpenAI())``."""
+    return chat(stage.metered(stage.client(sync=True), payer), stream)
+
+
+def transport(stage: Stage, stream: bool, payer: str | None) -> Texts:
+    """A bare client over `AsyncMeteringTransport`."""
+    return chat(stage.client(http_client=stage.http_client(payer)), stream)
+
+
+def wrapped_over_transport(stage: Stage, stream: bool, payer: str | None) -> Texts:
+    """A wrapped client over `AsyncMeteringTransport`."""
+    return chat(stage.metered(stage.client(http_client=stage.http_client()), payer), stream)
+
+
+async def claude(stage: Stage, stream: bool, payer: str | None) -> Texts:
+    """``vluna.wrap(anthropic.AsyncAnthropic())``."""
+    import anthropic
+
+    made = anthropic.AsyncAnthropic(base_url=stage.upstream.host + "/anthropic", api_key="sk", max_retries=0)
+    stage.closing.append(made)
+    client = stage.metered(made, payer)
+    asked: dict[str, Any] = {"model": "claude-sonnet-5", "max_tokens": 100, "messages": HI}
+    if not stream:
+        yield (await client.messages.create(**asked)).content[0].text
+        return
+    async with client.messages.stream(**asked) as events:
+        async for text in events.text_stream:
+            yield text
+
+
+def paid(payer: str | None) -> dict[str, Any]:
+    """How a call of LiteLLM names who pays."""
+    return {} if payer is None else {"metadata": {"vluna": {"principal_id": payer}}}
+
+
+def lite(
+    stage: Stage, stream: bool, payer: str | None, function: str = "acompletion", **options: Any
+) -> Texts:
+    """``litellm.acompletion`` with `VlunaCallback`."""
+    import litellm
+
+    asked = {"model": "openai/gpt-4o", "messages": HI, "api_base": stage.upstream.base_url, "api_key": "sk"}
+    options = {**asked, "stream": stream, "max_retries": 0, **paid(payer), **options}
+    return chat_texts(lambda: getattr(litellm, function)(**options), stream)
+
+
+def lite_sync(stage: Stage, stream: bool, payer: str | None) -> Texts:
+    """``litellm.completion`` with `VlunaCallback`."""
+    return lite(stage, stream, payer, "completion")
+
+
+def lite_over_client(stage: Stage, stream: bool, payer: str | None) -> Texts:
+    """``litellm.acompletion(client=vluna.wrap(...))`` with `VlunaCallback`."""
+    return lite(stage, stream, None, client=stage.metered(stage.client(), payer))
+
+
+@contextmanager
+def litellm_callback(vluna: Vluna) -> Iterator[None]:
+    """LiteLLM with our callback, and as it was afterwards."""
+    import litellm
+
+    from vluna_llm.integrations import litellm as integration
+
+    litellm.callbacks = [integration.VlunaCallback(vluna)]
+    yield
+    integration.uninstall()
+    litellm.callbacks = []

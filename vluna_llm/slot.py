@@ -133,6 +133,13 @@ class Share:
         if not self.claimed:
             self.operation.fail(error)
 
+    def park(self, response_id: str | None) -> None:
+        """The provider works on in the background."""
+        if self.passed_on:
+            self.operation.fail()
+        elif not self.claimed:
+            self.operation.park(response_id)
+
     def abandon(self, ending: Callable[[], Ending]) -> None:
         """The answer was forgotten: only queue it."""
         if self.passed_on:

@@ -6,7 +6,6 @@ show who has settled.
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from contextlib import aclosing
@@ -19,13 +18,15 @@ import litellm
 import pydantic_ai
 from agents.extensions.models.litellm_model import LitellmModel
 from agents.testing import assistant_message
+from langchain.agents import create_agent
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_litellm import ChatLiteLLM
 from langchain_openai import ChatOpenAI
+from langgraph.graph import END, START, StateGraph
 from litellm.types.utils import GenericStreamingChunk
-from nested_stage import HI, OWN_TOKENS, Source, Stage, Texts, all_of, chat_texts, paid
+from nested_stage import HI, OWN_TOKENS, Source, Stage, Texts, all_of, chat_texts, http_library, paid, piped
 from openai.types.responses import Response, ResponseCompletedEvent, ResponseTextDeltaEvent, ResponseUsage
 from pydantic_ai.messages import ModelResponse, TextPart
 from pydantic_ai.models import StreamedResponse
@@ -38,7 +39,7 @@ from pydantic_ai.usage import RequestUsage
 from vluna_llm.context import make_context
 from vluna_llm.integrations.httpx import AsyncMeteringTransport
 from vluna_llm.integrations.langchain import wrap_model
-from vluna_llm.integrations.openai_agents import VlunaModel, VlunaModelProvider, VlunaRunHooks
+from vluna_llm.integrations.openai_agents import VlunaModel, VlunaModelProvider, VlunaRunHooks, surface_refusals
 from vluna_llm.integrations.pydantic_ai import VlunaCapability
 from vluna_llm.integrations.pydantic_ai import VlunaModel as PydanticVlunaModel
 
@@ -210,8 +211,7 @@ def langchain_model(stage: Stage, inner: Open, stream: bool, payer: str | None) 
 
 def langchain_openai(stage: Stage, stream: bool, payer: str | None) -> Texts:
     """``wrap_model(ChatOpenAI(...))``."""
-    made = ChatOpenAI(model="gpt-4o", api_key="sk", base_url=stage.upstream.base_url, max_retries=0)
-    return langchain_call(wrap_model(made, stage.vluna, **bound(payer)), stream)
+    return langchain_call(wrap_model(_langchain_bare(stage), stage.vluna, **bound(payer)), stream)
 
 
 def langchain_transport(stage: Stage, stream: bool, payer: str | None) -> Texts:
@@ -309,8 +309,12 @@ class _Streamed(StreamedResponse):
         self._usage = RequestUsage(input_tokens=READ, output_tokens=WRITTEN)
 
 
-async def pydantic_run(agent: Any, stream: bool) -> Texts:
+def pydantic_run(agent: Any, stream: bool) -> Texts:
     """A run of an agent."""
+    return piped(lambda: _pydantic_texts(agent, True)) if stream else _pydantic_texts(agent, False)
+
+
+async def _pydantic_texts(agent: Any, stream: bool) -> Texts:
     if not stream:
         yield (await agent.run("hi")).output
         return
@@ -344,11 +348,9 @@ def pydantic_openai(stage: Stage, stream: bool, payer: str | None) -> Texts:
 
 def pydantic_litellm(stage: Stage, stream: bool, payer: str | None) -> Texts:
     """An agent with `VlunaCapability`, whose LiteLLM provider is a client over `AsyncMeteringTransport`."""
-    provider = LiteLLMProvider(
-        api_base=stage.upstream.base_url, api_key="sk", http_client=stage.http_client(payer)
-    )
+    provider = LiteLLMProvider(openai_client=stage.client(http_client=stage.http_client(payer)))
     model = OpenAIChatModel("gpt-4o", provider=provider)
-    return pydantic_run(pydantic_ai.Agent(model, capabilities=[_capability(stage, payer)]), stream)
+    return pydantic_run(pydantic_ai.Agent(model, capabilities=[_capability(stage, None)]), stream)
 
 
 def pydantic_wrapped(stage: Stage, stream: bool, payer: str | None) -> Texts:
@@ -400,22 +402,19 @@ def lite_custom(stage: Stage, inner: Open, stream: bool, payer: str | None) -> T
 # -- bare HTTP, and work that is no model call -------------------------------------------------------------------------
 
 
-def _http() -> Any:
-    base = importlib.import_module("openai._base_client")
-    return getattr(base, "httpx2", None) or base.httpx
-
-
 async def http_transport(stage: Stage, inner: Open, stream: bool, payer: str | None) -> Texts:
     """`AsyncMeteringTransport` over a transport that answers in the process, as one to an application's own gateway."""
-    http = _http()
+    http = http_library()
 
     class Body(http.AsyncByteStream):  # type: ignore[name-defined,misc]
-        def __init__(self, texts: Texts) -> None:
+        def __init__(self, first: str, texts: Texts) -> None:
+            self.first = first
             self.texts = texts
 
         async def __aiter__(self) -> Any:
+            yield _said(self.first)
             async for text in self.texts:
-                yield _event({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]})
+                yield _said(text)
             usage = {"prompt_tokens": READ, "completion_tokens": WRITTEN, "total_tokens": OWN_TOKENS}
             yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
             yield _event({"choices": [], "usage": usage}) + b"data: [DONE]\n\n"
@@ -426,7 +425,9 @@ async def http_transport(stage: Stage, inner: Open, stream: bool, payer: str | N
     class Inside(http.AsyncBaseTransport):  # type: ignore[name-defined,misc]
         async def handle_async_request(self, request: Any) -> Any:
             if stream:
-                return http.Response(200, headers={"content-type": "text/event-stream"}, stream=Body(inner(True)))
+                texts = inner(True)
+                body = Body(await anext(texts), texts)
+                return http.Response(200, headers={"content-type": "text/event-stream"}, stream=body)
             usage = {"prompt_tokens": READ, "completion_tokens": WRITTEN, "total_tokens": OWN_TOKENS}
             message = {"role": "assistant", "content": await all_of(inner(False))}
             choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
@@ -453,6 +454,10 @@ async def http_transport(stage: Stage, inner: Open, stream: bool, payer: str | N
 _HEAD = {"id": "chatcmpl-9", "object": "chat.completion", "created": 1, "model": "own"}
 
 
+def _said(text: str) -> bytes:
+    return _event({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]})
+
+
 def _event(event: dict[str, Any]) -> bytes:
     return f"data: {json.dumps({**_HEAD, 'object': 'chat.completion.chunk', **event})}\n\n".encode()
 
@@ -467,6 +472,77 @@ def sold_work(stage: Stage, inner: Open, stream: bool, payer: str | None) -> Tex
                 yield text
 
     return work()
+
+
+# -- work inside a run -------------------------------------------------------------------------------------------------
+
+
+def agents_tool(stage: Stage, inner: Open, payer: str | None) -> Texts:
+    """A run of the Agents SDK whose function tool makes the call inside; a refusal there ends the run."""
+
+    @surface_refusals
+    @agents.function_tool(failure_error_function=None)
+    async def inquire() -> str:
+        """Asks somebody else."""
+        return await all_of(inner(False))
+
+    client = stage.metered(stage.client(), payer)
+    model = VlunaModel(agents.OpenAIChatCompletionsModel("gpt-4o", client), stage.vluna)
+    return agents_run(model, False, tools=[inquire])
+
+
+def pydantic_tool(stage: Stage, inner: Open, payer: str | None) -> Texts:
+    """A run of Pydantic AI whose tool makes the call inside."""
+    model = OpenAIChatModel("gpt-4o", provider=OpenAIProvider(openai_client=stage.client()))
+    agent = pydantic_ai.Agent(model, capabilities=[_capability(stage, payer)])
+
+    @agent.tool_plain
+    async def inquire() -> str:
+        """Asks somebody else."""
+        return await all_of(inner(False))
+
+    return pydantic_run(agent, False)
+
+
+def _langchain_bare(stage: Stage) -> Any:
+    return ChatOpenAI(model="gpt-4o", api_key="sk", base_url=stage.upstream.base_url, max_retries=0)
+
+
+async def langchain_tool(stage: Stage, inner: Open, payer: str | None) -> Texts:
+    """An agent of LangChain, whose tool makes the call inside."""
+
+    async def inquire() -> str:
+        """Asks somebody else."""
+        return await all_of(inner(False))
+
+    agent = create_agent(wrap_model(_langchain_bare(stage), stage.vluna, **bound(payer)), [inquire])
+    yield (await agent.ainvoke({"messages": [("user", "hi")]}))["messages"][-1].content
+
+
+async def langgraph_nodes(stage: Stage, inner: Open, payer: str | None) -> Texts:
+    """A graph of three nodes: a model, the call inside, the model."""
+    model = wrap_model(_langchain_bare(stage), stage.vluna, **bound(payer))
+
+    async def think(state: Any) -> Any:
+        return {"said": (await model.ainvoke("hi")).content}
+
+    async def inquire(state: Any) -> Any:
+        return {"said": await all_of(inner(False))}
+
+    graph: Any = StateGraph(dict)
+    for name, node in (("first", think), ("second", inquire), ("third", think)):
+        graph.add_node(name, node)
+    for edge in ((START, "first"), ("first", "second"), ("second", "third"), ("third", END)):
+        graph.add_edge(*edge)
+    yield (await graph.compile().ainvoke({"said": ""}))["said"]
+
+
+RUNS: dict[str, Callable[[Stage, Open, str | None], Texts]] = {
+    "agents tool": agents_tool,
+    "pydantic_ai tool": pydantic_tool,
+    "langchain tool": langchain_tool,
+    "langgraph node": langgraph_nodes,
+}
 
 
 OUTERS: dict[str, Callable[[Stage, Open, bool, str | None], Texts]] = {

@@ -11,14 +11,15 @@ import asyncio
 import gc
 import importlib
 import itertools
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import openai
 from agent_provider import AgentProvider, _ScriptedHandler
-from conftest import ask, each, eventually
+from conftest import ask, each
 from upstream import _UpstreamHandler
 
 from vluna_llm import Vluna, call_context
@@ -36,6 +37,14 @@ Texts = AsyncIterator[str]
 Source = Callable[["Stage", bool, "str | None"], Texts]
 
 _customers = itertools.count(1)
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Nobody here speaks TLS, and to load the certificates for each client would take longer than its call."""
+
+
+def http_library() -> Any:
+    """httpx or httpx2: the one that OpenAI's SDK is made for."""
+    base = importlib.import_module("openai._base_client")
+    return getattr(base, "httpx2", None) or base.httpx
 
 
 class _Handler(_ScriptedHandler, _UpstreamHandler):  # type: ignore[misc]
@@ -61,7 +70,7 @@ class NestedProvider(AgentProvider):
 
 @dataclass
 class Books:
-    """What the gate has written down of one customer: authorizes asked, how each lease ended, quantities charged."""
+    """What the gate has written down of one customer: authorizes asked, how their leases ended, quantities charged."""
 
     asked: int
     leases: list[str]
@@ -76,17 +85,18 @@ class Books:
         leases = gate.leases(customer)
         committed = [entry.lease_id for entry in entries]
         assert len(set(committed)) == len(committed), "a lease was committed twice"
-        return cls(len(asked), [lease.state for lease in leases], [entry.quantity for entry in entries])
+        return cls(len(asked), sorted(lease.state for lease in leases), [entry.quantity for entry in entries])
 
 
 NOTHING = Books(0, [], [])
 REFUSED = Books(1, [], [])
-GIVEN_BACK = Books(1, ["canceled"], [])
+def charged(*quantities: int, canceled: int = 0) -> Books:
+    """Each by a lease of its own; so many more were asked for and given back."""
+    count = len(quantities)
+    return Books(count + canceled, ["canceled"] * canceled + ["closed"] * count, list(quantities))
 
 
-def charged(*quantities: int) -> Books:
-    """Each by a lease of its own, and nothing else asked."""
-    return Books(len(quantities), ["closed"] * len(quantities), list(quantities))
+GIVEN_BACK = charged(canceled=1)
 
 
 @dataclass
@@ -104,6 +114,8 @@ class Stage:
     def client(self, *, sync: bool = False, **options: Any) -> Any:
         """A bare client of OpenAI's, closed at the end of the work."""
         kind = openai.OpenAI if sync else openai.AsyncOpenAI
+        http = http_library()
+        options.setdefault("http_client", (http.Client if sync else http.AsyncClient)(verify=_NO_TLS))
         client = kind(**{"base_url": self.upstream.base_url, "api_key": "sk", "max_retries": 0, **options})
         self.closing.append(client)
         return client
@@ -114,12 +126,11 @@ class Stage:
 
     def http_client(self, payer: str | None = None, *, sync: bool = False) -> Any:
         """An HTTP client, of the library that the SDK is made for, over a transport that meters."""
-        base = importlib.import_module("openai._base_client")
-        http = getattr(base, "httpx2", None) or base.httpx
+        http = http_library()
         who = {} if payer is None else {"principal_id": payer}
         if sync:
-            return http.Client(transport=MeteringTransport(http.HTTPTransport(), self.vluna, **who))
-        return http.AsyncClient(transport=AsyncMeteringTransport(http.AsyncHTTPTransport(), self.vluna, **who))
+            return http.Client(transport=MeteringTransport(http.HTTPTransport(verify=_NO_TLS), self.vluna, **who))
+        return http.AsyncClient(transport=AsyncMeteringTransport(http.AsyncHTTPTransport(verify=_NO_TLS), self.vluna, **who))
 
     # -- work ------------------------------------------------------------------------------------------------------
 
@@ -139,19 +150,19 @@ class Stage:
                     result = await work()
                     if others := self.others():
                         await asyncio.wait(others, timeout=10)
+                for _ in range(100):  # what was dropped in the middle is settled when it is collected
+                    if await scope.wait_async(0.1):
+                        break
+                    gc.collect()
                 return result
             finally:
                 for client in self.closing:
                     await ask(client.close())
                 self.closing.clear()
-                scopes.append(scope)
 
-        scopes: list[Any] = []
         try:
             return self.loop.run_until_complete(main())
         finally:
-            if scopes[0].pending:
-                assert eventually(lambda: gc.collect() >= 0 and scopes[0].pending == 0, 5), "never settled"
             assert self.vluna.flush(10)
 
     def others(self) -> list[asyncio.Task[Any]]:
@@ -175,8 +186,6 @@ async def left(texts: Texts) -> None:
     """Read the first text, and leave."""
     assert await anext(texts)
     await texts.aclose()  # type: ignore[attr-defined]
-    del texts
-    gc.collect()
 
 
 async def cancelled(stage: Stage, texts: Texts) -> None:
@@ -195,12 +204,47 @@ async def cancelled(stage: Stage, texts: Texts) -> None:
     raise AssertionError("it was not cancelled")
 
 
+def piped(make: Callable[[], Texts]) -> Texts:
+    """The same texts, read in a task of its own: frameworks with cancel scopes do not bear to be suspended in one."""
+    queue: asyncio.Queue[Any] = asyncio.Queue(1)
+
+    async def read() -> None:
+        try:
+            async with aclosing(make()) as texts:  # type: ignore[type-var]
+                async for text in texts:
+                    await queue.put((text, None))
+            await queue.put((None, None))
+        except Exception as error:
+            await queue.put((None, error))
+
+    async def pipe() -> Texts:
+        task = asyncio.ensure_future(read())
+        try:
+            while True:
+                text, error = await queue.get()
+                if error is not None:
+                    raise error
+                if text is None:
+                    return
+                yield text
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    return pipe()
+
+
 def refusal_in(error: BaseException) -> BaseException | None:
     """Our own exception: this one, or the one that an answer of `MeteringTransport` stands for."""
     if isinstance(error, VlunaError):
         return error
-    response = getattr(error, "response", None)
-    return response.extensions.get("vluna_error") if response is not None else None
+    found: BaseException | None = error  # frameworks put exceptions of their own around that answer's
+    while found is not None:
+        extensions = getattr(getattr(found, "response", None), "extensions", {})
+        if "vluna_error" in extensions:
+            return extensions["vluna_error"]
+        found = found.__cause__ or found.__context__
+    return None
 
 
 # -- what may be inside ------------------------------------------------------------------------------------------------
@@ -300,7 +344,10 @@ def litellm_callback(vluna: Vluna) -> Iterator[None]:
 
     from vluna_llm.integrations import litellm as integration
 
+    lists = [name for name, value in vars(litellm).items() if "callback" in name and isinstance(value, list)]
+    before = {name: list(getattr(litellm, name)) for name in lists}
     litellm.callbacks = [integration.VlunaCallback(vluna)]
     yield
     integration.uninstall()
-    litellm.callbacks = []
+    for name, kept in before.items():  # LiteLLM copies a callback into lists of its own
+        getattr(litellm, name)[:] = kept

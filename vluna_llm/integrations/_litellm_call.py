@@ -250,3 +250,21 @@ def refusal(error: VlunaError) -> VlunaError:
     error.status_code = 400  # type: ignore[attr-defined]
     error.gate_status = error.status if isinstance(error, GateError) else None  # type: ignore[attr-defined]
     return error
+
+
+def refused_inside(error: BaseException) -> VlunaError | None:
+    """The refusal that a metered client below LiteLLM met: LiteLLM alone has put exceptions around it, if anybody."""
+    found: BaseException | None = error
+    for _ in range(8):
+        if found is None or isinstance(found, VlunaError):
+            return found
+        if not any(kind.__module__.partition(".")[0] == "litellm" for kind in type(found).__mro__):
+            return None
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def told_for(error: BaseException) -> BaseException:
+    """What the caller is to see in this error's place: the refusal inside it, or the error itself."""
+    refused = refused_inside(error)
+    return error if refused is None or refused is error else refusal(refused)

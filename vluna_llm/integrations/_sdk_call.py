@@ -19,6 +19,7 @@ from ..tap import Sink, tap
 if TYPE_CHECKING:
     from ..context import CallContext
     from ..lifecycle import ModelCall, Operation
+    from ..slot import Share
     from ..usage import BodyFacts, StreamReader
     from ..vluna import Vluna
     from ._openai_endpoints import Endpoint
@@ -39,7 +40,7 @@ class Call:
         self.bound = bound
         self.model_call = model_call
         self.url = url
-        self.operation: Operation | None = None
+        self.operation: Operation | Share | None = None
         self.pending: Any = None  # an authorize under way (authorize="overlap")
         self.answered: Literal["no", "whole", "open"] = "no"
 

@@ -204,10 +204,16 @@ class _Observed:
     def _beginning(self) -> Generator[None, None, None]:
         """The first read: whatever it asks of a provider belongs to this call."""
         self._begun = self._watch.asked = True
-        with self._site.call.running(), making(self._made):
-            yield
-        if self._superseded:
-            self._watch.told = True
+        try:
+            with self._site.call.running(), making(self._made):
+                yield
+        except BaseException as error:
+            if self._superseded:
+                self._site.call.failed(error)
+            raise
+        finally:
+            if self._superseded:
+                self._watch.told = True
 
     @property
     def _superseded(self) -> bool:

@@ -208,16 +208,24 @@ ALONE: dict[str, Source] = {
     "langchain over litellm, bare": frameworks.langchain_litellm_bare,
     "bare langchain over transport": frameworks.langchain_transport,
 }
+FEATURES = {
+    "anthropic": "anthropic.claude-sonnet-5",
+    "pydantic_ai over transport": "litellm.gpt-4o",
+    "pydantic_ai over openai": "litellm.gpt-4o",
+}
+"""As the client would name it, but for a provider that Pydantic AI knows by its own name at a host that we do not."""
 alone = pytest.mark.parametrize("name", ALONE)
 
 
 @alone
 @streams
 def test_with_nothing_around(name: str, stream: bool, stage: Stage) -> None:
-    """What is installed for the process, a client and a transport: one of them meters."""
+    """What is installed for the process, a client and a transport: one of them meters, all naming it alike."""
     customer, poor = stage.customer(), stage.customer(credit=0)
     assert stage.run(lambda: all_of(ALONE[name](stage, stream, None)), customer)
     assert stage.books(customer) == charged(TOKENS)
+    (entry,) = stage.gate.booked(customer).entries
+    assert entry.feature == FEATURES.get(name, "openai.gpt-4o")
     assert len(stage.upstream.posts()) == 1
     with pytest.raises(Exception) as raised:  # noqa: PT011
         stage.run(lambda: all_of(ALONE[name](stage, stream, None)), poor)

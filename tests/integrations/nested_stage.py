@@ -90,6 +90,8 @@ class Books:
 
 NOTHING = Books(0, [], [])
 REFUSED = Books(1, [], [])
+
+
 def charged(*quantities: int, canceled: int = 0) -> Books:
     """Each by a lease of its own; so many more were asked for and given back."""
     count = len(quantities)
@@ -130,7 +132,9 @@ class Stage:
         who = {} if payer is None else {"principal_id": payer}
         if sync:
             return http.Client(transport=MeteringTransport(http.HTTPTransport(verify=_NO_TLS), self.vluna, **who))
-        return http.AsyncClient(transport=AsyncMeteringTransport(http.AsyncHTTPTransport(verify=_NO_TLS), self.vluna, **who))
+        return http.AsyncClient(
+            transport=AsyncMeteringTransport(http.AsyncHTTPTransport(verify=_NO_TLS), self.vluna, **who)
+        )
 
     # -- work ------------------------------------------------------------------------------------------------------
 
@@ -316,9 +320,7 @@ def paid(payer: str | None) -> dict[str, Any]:
     return {} if payer is None else {"metadata": {"vluna": {"principal_id": payer}}}
 
 
-def lite(
-    stage: Stage, stream: bool, payer: str | None, function: str = "acompletion", **options: Any
-) -> Texts:
+def lite(stage: Stage, stream: bool, payer: str | None, function: str = "acompletion", **options: Any) -> Texts:
     """``litellm.acompletion`` with `VlunaCallback`."""
     import litellm
 

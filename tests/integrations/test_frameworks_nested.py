@@ -15,8 +15,12 @@ from typing import Any
 import pytest
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # LiteLLM otherwise asks the network for its price list
-for module in ("agents", "litellm", "langchain_litellm", "langchain_openai", "langgraph", "pydantic_ai", "anthropic"):
-    pytest.importorskip(module, reason=f"{module} is not installed: this needs all frameworks")
+pytest.importorskip("agents", reason="openai-agents is not installed: this needs all frameworks")
+pytest.importorskip("anthropic", reason="anthropic is not installed: this needs all frameworks")
+pytest.importorskip("langchain_litellm", reason="langchain-litellm is not installed: this needs all frameworks")
+pytest.importorskip("langchain_openai", reason="langchain-openai is not installed: this needs all frameworks")
+pytest.importorskip("langgraph", reason="langgraph is not installed: this needs all frameworks")
+pytest.importorskip("pydantic_ai", reason="pydantic-ai-slim is not installed: this needs all frameworks")
 
 import agents
 import nested_frameworks as frameworks
@@ -26,11 +30,13 @@ from agent_provider import call as tool_call
 from nested_frameworks import OUTERS, over
 from nested_stage import (
     NOTHING,
+    OWN_TOKENS,
     REFUSED,
     TOKENS,
     NestedProvider,
     Source,
     Stage,
+    Texts,
     all_of,
     cancelled,
     charged,
@@ -68,7 +74,7 @@ BLOCKING = {"openai sync", "litellm sync"}
 NAMES_NOBODY = {"agents over litellm"}
 """Has no place where a customer could be named."""
 NAMED_BELOW = {"litellm over openai", "pydantic_ai over transport", "pydantic_ai over openai"}
-"""The customer is named in the lower of two layers: the upper one has asked for whoever pays for the surrounding work."""
+"""Names the customer in the lower of two layers: the upper one has asked for whoever pays for the surrounding work."""
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +203,25 @@ def test_somebody_else_who_is_refused(outer: str, inner: str, stream: bool, stag
     assert stage.books(other) == REFUSED
     assert stage.books(customer) == charged(canceled=1 + (extra(outer, inner) and inner in NAMED_BELOW))
     assert stage.upstream.posts() == []
+
+
+@pytest.mark.parametrize("inner", ["bare", "openai"])
+@pytest.mark.parametrize("outer", OUTERS)
+def test_an_embedding_before_the_answer_is_charged_by_itself(outer: str, inner: str, stage: Stage) -> None:
+    """Under a feature of its own; the lease of the answer is left for the answer, whoever settles that."""
+
+    async def embeds_first(stage: Stage, stream: bool, payer: str | None) -> Texts:
+        client = stage.metered(stage.client())
+        await client.embeddings.create(model="text-embedding-3-small", input=["hi"])
+        async for text in {**INNERS, "bare": stages.bare}[inner](stage, stream, payer):
+            yield text
+
+    customer = stage.customer()
+    assert stage.run(lambda: all_of(over(OUTERS[outer], embeds_first)(stage, False, None)), customer)
+    booked = {entry.feature: entry.quantity for entry in stage.gate.booked(customer).entries}
+    assert booked.pop("openai.text-embedding-3-small") == 8
+    assert list(booked.values()) == [OWN_TOKENS if inner == "bare" else TOKENS]
+    assert stage.books(customer).leases == ["closed", "closed"]
 
 
 # -- with nothing around, and in work that is sold by itself -----------------------------------------------------------

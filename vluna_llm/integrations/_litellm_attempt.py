@@ -22,10 +22,10 @@ from pydantic import BaseModel
 from ..context import CallContext, current_context
 from ..errors import ConfigurationError, VlunaError
 from ..scoped import unset
-from ..slot import Slot, inside, open_slot
+from ..slot import Slot, family_of, inside, open_slot
 from ._litellm_ask import ask_usage, is_refused, remember_refusal, upstream_of
 from ._litellm_background import response_id_of
-from ._litellm_call import LogicalCall, call_for, current_call, family_of, refusal, refused_inside
+from ._litellm_call import LogicalCall, call_for, current_call, refusal, refused_inside
 from ._litellm_key import in_proxy
 from ._litellm_metadata import Trace, strip, take_identity
 from ._litellm_models import as_deployed, positional_names

@@ -13,7 +13,7 @@ from ..ending import Ending
 from ..errors import GateError, VlunaError
 from ..lifecycle import ModelCall, Operation
 from ..scoped import scoped
-from ..slot import Slot, inside
+from ..slot import Slot, family_of, inside
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -78,7 +78,7 @@ class LogicalCall:
         if feature is None:
             return
         try:
-            self._admitted(feature, self.vluna.begin(call, self.bound))
+            self._admitted(feature, self.vluna.begin(call, self.bound), call.kind)
         except VlunaError as error:
             raise self._refused(feature, error) from error.__cause__
         except Exception:
@@ -90,7 +90,7 @@ class LogicalCall:
         if feature is None:
             return
         try:
-            self._admitted(feature, await self.vluna.abegin(call, self.bound))
+            self._admitted(feature, await self.vluna.abegin(call, self.bound), call.kind)
         except VlunaError as error:
             raise self._refused(feature, error) from error.__cause__
         except Exception:
@@ -119,9 +119,9 @@ class LogicalCall:
             self._give_up()
         return feature
 
-    def _admitted(self, feature: str, operation: Operation | None) -> None:
+    def _admitted(self, feature: str, operation: Operation | None, kind: str) -> None:
         self._feature = feature
-        self.slot.offer(operation)
+        self.slot.offer(operation, kind)
 
     def _refused(self, feature: str, error: VlunaError) -> VlunaError:
         self.refused = refusal(error)
@@ -185,11 +185,6 @@ def call_for(kwargs: Mapping[str, Any]) -> LogicalCall | None:
         found = getattr(kwargs.get("litellm_logging_obj"), _ATTRIBUTE, None)
         call = found if isinstance(found, LogicalCall) and not found.over else None
     return call
-
-
-def family_of(kind: str) -> str:
-    """Kinds of work between which LiteLLM translates (chat, responses, completions, messages) are one family."""
-    return kind if kind in ("embeddings", "images", "audio") else "generation"
 
 
 def enter_call(call: LogicalCall) -> None:

@@ -105,7 +105,7 @@ class _Transport:
 def _offered(call: Call) -> Iterator[None]:
     """What is metered below, another transport or a gateway in this process, takes the operation over."""
     slot = Slot()
-    slot.offer(call.operation if isinstance(call.operation, Operation) else None)
+    slot.offer(call.operation if isinstance(call.operation, Operation) else None, call.model_call.kind)
     call.operation = slot.share
     with inside(slot) if call.operation is not None else nullcontext():
         yield

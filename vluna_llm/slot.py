@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from typing import Literal
 
 from .ending import Ending, OnAbort
+from .errors import VlunaError
 from .lifecycle import Operation
 from .scoped import scoped
 
@@ -51,12 +52,17 @@ class _Offer:
 
 
 class Slot:
-    """Holds at most one operation at a time for whoever claims it. Safe from any thread."""
+    """Holds at most one operation at a time for whoever claims it. Safe from any thread.
 
-    __slots__ = ("_offer",)
+    Args:
+        mark: is given each refusal of a metered call inside before it is raised; marks it for what it passes through.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_offer", "mark")
+
+    def __init__(self, mark: Callable[[VlunaError], object] | None = None) -> None:
         self._offer = _Offer(None)
+        self.mark = mark
 
     @property
     def operation(self) -> Operation | None:
@@ -187,6 +193,13 @@ _open: ContextVar[Slot | None] = ContextVar("vluna_llm_slot", default=None)
 def open_slot() -> Slot | None:
     """The innermost slot around the running code."""
     return _open.get()
+
+
+def mark_refused(error: VlunaError) -> None:
+    """Let the layer around the running code mark a refusal that is about to be raised."""
+    slot = _open.get()
+    if slot is not None and slot.mark is not None:
+        slot.mark(error)
 
 
 @contextmanager

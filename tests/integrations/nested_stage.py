@@ -31,7 +31,7 @@ HI: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
 TOKENS = 120
 """What the provider reports of each answer."""
 OWN_TOKENS = 7
-"""What a layer says by itself of an answer that it was given by something inside: never charged where that is metered."""
+"""What a layer says of an answer that something inside of it has given: never charged where that is metered."""
 
 Texts = AsyncIterator[str]
 Source = Callable[["Stage", bool, "str | None"], Texts]
@@ -195,7 +195,9 @@ async def left(texts: Texts) -> None:
 async def cancelled(stage: Stage, texts: Texts) -> None:
     """Cancel the task when the provider has been asked."""
     task = asyncio.ensure_future(all_of(texts))
-    while not stage.upstream.posts() and not task.done():
+    for _ in range(2000):
+        if stage.upstream.posts() or task.done():
+            break
         await asyncio.sleep(0.005)
     await asyncio.sleep(0.02)
     task.cancel()

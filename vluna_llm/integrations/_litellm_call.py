@@ -41,7 +41,7 @@ class LogicalCall:
     def __init__(self, vluna: Vluna, bound: CallContext | None = None) -> None:
         self.vluna = vluna
         self.bound = bound
-        self.slot = Slot()
+        self.slot = Slot(refusal)
         self.attempts = 0
         self.family: str | None = None
         self.watched: Operation | None = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 from ..ending import Ending
 from ..errors import VlunaError
 from ..scoped import scoped
+from ..slot import mark_refused
 from ..tap import Sink, tap
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Call:
         """Ask the gate; None where the call is not metered. Only refusals are raised."""
         try:
             return self.vluna.begin(self.model_call, self.bound)
-        except VlunaError:
+        except VlunaError as error:
+            mark_refused(error)
             raise
         except Exception:
             self.vluna.internal_error(f"{self.sdk}.begin")
@@ -65,7 +67,8 @@ class Call:
         """`begin` for coroutines."""
         try:
             return await self.vluna.abegin(self.model_call, self.bound)
-        except VlunaError:
+        except VlunaError as error:
+            mark_refused(error)
             raise
         except Exception:
             self.vluna.internal_error(f"{self.sdk}.begin")

@@ -191,6 +191,31 @@ def test_the_inner_one_may_bill_somebody_else(outer: str, inner: str, stream: bo
     assert stage.books(customer) == charged(canceled=1 + (extra(outer, inner) and inner in NAMED_BELOW))
 
 
+BINDING = [name for name in OUTERS if name != "agents.VlunaModel"]
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("outer", BINDING)
+def test_the_outer_ones_customer_pays_for_what_is_inside(outer: str, inner: str, stage: Stage) -> None:
+    """Where the inner one names nobody: whoever pays for the work around both is not asked."""
+    around, payer = stage.customer(), stage.customer()
+    source: Source = INNERS[inner]
+    call = OUTERS[outer](stage, lambda stream: source(stage, stream, None), False, payer)
+    assert stage.run(lambda: all_of(call), around)
+    assert stage.books(around) == NOTHING
+    assert stage.books(payer) == charged(TOKENS, canceled=extra(outer, inner))
+
+
+@streams
+def test_a_transport_below_a_client_is_silent_whoever_it_is_bound_to(stream: bool, stage: Stage) -> None:
+    around, payer, other = stage.customer(), stage.customer(), stage.customer()
+    for named, pays in ((None, around), (payer, payer)):
+        client = stage.metered(stage.client(http_client=stage.http_client(other)), named)
+        assert stage.run(lambda client=client: all_of(stages.chat(client, stream)), around)  # type: ignore[misc]
+        assert stage.books(pays) == charged(TOKENS)
+    assert stage.books(other) == NOTHING
+
+
 @named_pairs
 @streams
 def test_somebody_else_who_is_refused(outer: str, inner: str, stream: bool, stage: Stage) -> None:

@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .._tap_wire import http_module
-from ..context import CallContext, make_context
+from ..context import CallContext, make_context, within
 from ..errors import ConfigurationError, VlunaError
 from ..lifecycle import Operation
 from ..slot import Slot, inside
@@ -103,11 +103,16 @@ class _Transport:
 
 @contextmanager
 def _offered(call: Call) -> Iterator[None]:
-    """What is metered below, another transport or a gateway in this process, takes the operation over."""
+    """What is metered below, another transport or a gateway in this process, takes the operation over, and bills the
+    same customer."""
     slot = Slot()
     slot.offer(call.operation if isinstance(call.operation, Operation) else None, call.model_call.kind)
     call.operation = slot.share
-    with inside(slot) if call.operation is not None else nullcontext():
+    with ExitStack() as around:
+        if call.bound is not None:
+            around.enter_context(within(call.bound))
+        if call.operation is not None:
+            around.enter_context(inside(slot))
         yield
 
 

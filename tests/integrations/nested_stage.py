@@ -11,6 +11,7 @@ import asyncio
 import gc
 import importlib
 import itertools
+import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import openai
+import pytest
 from agent_provider import AgentProvider, _ScriptedHandler
 from conftest import ask, each
 from upstream import _UpstreamHandler
@@ -177,6 +179,32 @@ class Stage:
     def books(self, customer: str) -> Books:
         """What the gate says of the customer."""
         return Books.of(self.gate, customer)
+
+
+@contextmanager
+def staged(gate: Sandbox) -> Iterator[Stage]:
+    """A metering, a provider and a loop for all tests of a module."""
+    vluna = Vluna(
+        base_url=gate.base_url, realm_id=gate.realm_id, key_id=gate.key_id, key_secret=gate.key_secret, outbox="memory"
+    )
+    loop = asyncio.new_event_loop()
+    with NestedProvider() as upstream:
+        yield Stage(vluna, gate, upstream, loop)
+    vluna.close()
+    loop.close()
+
+
+@contextmanager
+def one_test(stage: Stage, caplog: pytest.LogCaptureFixture) -> Iterator[Stage]:
+    """The stage, with nothing asked yet. In the end nothing waits in the journal, and nobody of ours has complained."""
+    stage.upstream.reset()
+    caplog.set_level(logging.WARNING, "vluna_llm")
+    yield stage
+    stage.upstream.released.set()
+    told = [one.getMessage() for one in caplog.get_records("call") if one.name.startswith("vluna_llm")]
+    assert told == []
+    owed = stage.vluna._running().ledger.journal.rows("none", "pending", "sent", "quarantined", "refused", "lost")
+    assert [row for row in owed if row.state.may_run] == []
 
 
 async def all_of(texts: Texts) -> str:
@@ -348,7 +376,8 @@ def litellm_callback(vluna: Vluna) -> Iterator[None]:
 
     from vluna_llm.integrations import litellm as integration
 
-    lists = [name for name, value in vars(litellm).items() if "callback" in name and isinstance(value, list)]
+    names = [name for name in vars(litellm) if "callback" in name or name.endswith(("provider_list", "provider_map"))]
+    lists = [name for name in [*names, "_custom_providers"] if isinstance(getattr(litellm, name, None), list)]
     before = {name: list(getattr(litellm, name)) for name in lists}
     litellm.callbacks = [integration.VlunaCallback(vluna)]
     yield

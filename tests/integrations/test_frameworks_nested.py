@@ -6,8 +6,6 @@ wrong on purpose, so that the books show which of the two has settled.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -22,18 +20,17 @@ pytest.importorskip("langchain_openai", reason="langchain-openai is not installe
 pytest.importorskip("langgraph", reason="langgraph is not installed: this needs all frameworks")
 pytest.importorskip("pydantic_ai", reason="pydantic-ai-slim is not installed: this needs all frameworks")
 
-import agents
 import nested_frameworks as frameworks
 import nested_stage as stages
 from agent_provider import TEXT, has_results
 from agent_provider import call as tool_call
+from agents.models import _openai_shared
 from nested_frameworks import OUTERS, over
 from nested_stage import (
     NOTHING,
     OWN_TOKENS,
     REFUSED,
     TOKENS,
-    NestedProvider,
     Source,
     Stage,
     Texts,
@@ -44,7 +41,6 @@ from nested_stage import (
     refusal_in,
 )
 
-from vluna_llm import Vluna
 from vluna_llm.errors import GateDenied
 from vluna_llm.integrations import openai_agents
 from vluna_llm.sandbox import Sandbox
@@ -80,33 +76,22 @@ NAMED_BELOW = {"litellm over openai", "pydantic_ai over transport", "pydantic_ai
 @pytest.fixture(scope="module")
 def _stage(shared_gate: Sandbox) -> Iterator[Stage]:
     """Everything that is installed for a whole process is, at once."""
-    gate = shared_gate
-    vluna = Vluna(
-        base_url=gate.base_url, realm_id=gate.realm_id, key_id=gate.key_id, key_secret=gate.key_secret, outbox="memory"
-    )
-    loop = asyncio.new_event_loop()
-    with NestedProvider() as upstream, stages.litellm_callback(vluna):
-        stage = Stage(vluna, gate, upstream, loop)
+    with stages.staged(shared_gate) as stage, stages.litellm_callback(stage.vluna):
         default = stage.client(http_client=stage.http_client())
         stage.closing.clear()
-        agents.set_default_openai_client(default, use_for_tracing=False)
-        openai_agents.install(vluna)
+        before = _openai_shared.get_default_openai_client()
+        _openai_shared.set_default_openai_client(default)
+        openai_agents.install(stage.vluna)
         yield stage
         openai_agents.uninstall()
-        loop.run_until_complete(default.close())
-    vluna.close()
-    loop.close()
+        _openai_shared.set_default_openai_client(before)
+        stage.loop.run_until_complete(default.close())
 
 
 @pytest.fixture
 def stage(_stage: Stage, caplog: pytest.LogCaptureFixture) -> Iterator[Stage]:
-    """The stage, with nothing asked yet. Nobody of ours has anything to complain about in the end."""
-    _stage.upstream.reset()
-    caplog.set_level(logging.WARNING, "vluna_llm")
-    yield _stage
-    _stage.upstream.released.set()
-    told = [one.getMessage() for one in caplog.get_records("call") if one.name.startswith("vluna_llm")]
-    assert told == []
+    with stages.one_test(_stage, caplog) as stage:
+        yield stage
 
 
 def streams(function: Any) -> Any:

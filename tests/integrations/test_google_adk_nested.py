@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, aclosing
@@ -35,7 +33,6 @@ from nested_stage import (
     OWN_TOKENS,
     REFUSED,
     TOKENS,
-    NestedProvider,
     Source,
     Stage,
     Texts,
@@ -46,7 +43,6 @@ from nested_stage import (
     refusal_in,
 )
 
-from vluna_llm import Vluna
 from vluna_llm.errors import GateDenied
 from vluna_llm.integrations.google_adk import wrap_model
 from vluna_llm.sandbox import Sandbox
@@ -59,26 +55,14 @@ SSE = RunConfig(streaming_mode=StreamingMode.SSE)
 
 @pytest.fixture(scope="module")
 def _stage(shared_gate: Sandbox) -> Iterator[Stage]:
-    gate = shared_gate
-    vluna = Vluna(
-        base_url=gate.base_url, realm_id=gate.realm_id, key_id=gate.key_id, key_secret=gate.key_secret, outbox="memory"
-    )
-    loop = asyncio.new_event_loop()
-    with NestedProvider() as upstream:
-        yield Stage(vluna, gate, upstream, loop)
-    vluna.close()
-    loop.close()
+    with stages.staged(shared_gate) as stage:
+        yield stage
 
 
 @pytest.fixture
 def stage(_stage: Stage, caplog: pytest.LogCaptureFixture) -> Iterator[Stage]:
-    """The stage, with nothing asked yet. Nobody of ours has anything to complain about in the end."""
-    _stage.upstream.reset()
-    caplog.set_level(logging.WARNING, "vluna_llm")
-    yield _stage
-    _stage.upstream.released.set()
-    told = [one.getMessage() for one in caplog.get_records("call") if one.name.startswith("vluna_llm")]
-    assert told == []
+    with stages.one_test(_stage, caplog) as stage:
+        yield stage
 
 
 def streams(function: Any) -> Any:

@@ -195,10 +195,10 @@ class Attempt:
                 self.call.answered(answered)  # LiteLLM could make nothing of it: what was reported was spent
             if self.parent is not None:
                 self.parent.failed_inside = True
-            if (inside := refused_inside(error)) is not None:
-                self.call.refused = refusal(inside)
+            if (below := refused_inside(error)) is not None:
+                self.call.refused = refusal(below)
             if not self.outermost:
-                return error if inside is None else inside
+                return error if below is None else below
             self.call.failed(error)
             refused = self.call.refused
             # LiteLLM puts an exception of its own in the place of a refusal that an attempt inside met.

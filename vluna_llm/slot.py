@@ -14,10 +14,16 @@ from contextvars import ContextVar
 from typing import Literal
 
 from .ending import Ending, OnAbort
+from .errors import VlunaError
 from .lifecycle import Operation
 from .scoped import scoped
 
 Claim = Literal["open", "claimed", "passed_on"]
+
+
+def family_of(kind: str) -> str:
+    """Kinds of work between which layers translate (chat, responses, completions, messages) are one family."""
+    return kind if kind in ("embeddings", "images", "audio") else "generation"
 
 
 class _Offer:
@@ -27,10 +33,11 @@ class _Offer:
     between any two of ours and call a model, and a fork would copy a lock that is held.
     """
 
-    __slots__ = ("_taken", "operation")
+    __slots__ = ("_taken", "family", "operation")
 
-    def __init__(self, operation: Operation | None) -> None:
+    def __init__(self, operation: Operation | None, family: str = "") -> None:
         self.operation = operation
+        self.family = family
         self._taken: dict[str, tuple[Claim, object]] = {}
 
     @property
@@ -45,12 +52,17 @@ class _Offer:
 
 
 class Slot:
-    """Holds at most one operation at a time for whoever claims it. Safe from any thread."""
+    """Holds at most one operation at a time for whoever claims it. Safe from any thread.
 
-    __slots__ = ("_offer",)
+    Args:
+        mark: is given each refusal of a metered call inside before it is raised; marks it for what it passes through.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_offer", "mark")
+
+    def __init__(self, mark: Callable[[VlunaError], object] | None = None) -> None:
         self._offer = _Offer(None)
+        self.mark = mark
 
     @property
     def operation(self) -> Operation | None:
@@ -67,27 +79,31 @@ class Slot:
         """Whether a metered call inside bills this work to somebody else: what was admitted here is given up."""
         return self._offer.claim == "passed_on"
 
-    def offer(self, operation: Operation | None) -> None:
-        """Put an operation into the slot, in place of one that has ended; None closes it."""
-        self._offer = _Offer(operation)
+    def offer(self, operation: Operation | None, kind: str = "chat") -> None:
+        """Put an operation into the slot, in place of one that has ended; None closes it. ``kind`` is its work's."""
+        self._offer = _Offer(operation, family_of(kind))
 
     @property
     def share(self) -> Share | None:
         """By which the layer that opened the slot tells how the work ended; None where nothing was put in."""
         return None if self._offer.operation is None else Share(self, self._offer)
 
-    def claim(self, *, gate: tuple[str, str], customer: tuple[str | None, str | None]) -> Operation | None:
+    def claim(
+        self, *, gate: tuple[str, str], customer: tuple[str | None, str | None], kind: str = "chat"
+    ) -> Operation | None:
         """Take the operation over; None where there is none, where it was taken, or where it is somebody else's.
 
-        In a forked child the operation is the parent's, who settles it: what the child does is work of its own.
+        In a forked child the operation is the parent's, who settles it: what the child does is work of its own. So is
+        work of another kind, such as the embedding of a question before it is asked.
 
         Args:
             gate: base URL and realm of who asks.
             customer: principal and user of who asks, None for whoever pays for the surrounding work.
+            kind: the kind of work.
         """
         offer = self._offer
         operation = offer.operation
-        if operation is None or operation.ended or not operation.is_ours:
+        if operation is None or operation.ended or not operation.is_ours or offer.family != family_of(kind):
             return None
         principal, user = customer
         own_principal, own_user = operation.customer
@@ -133,6 +149,13 @@ class Share:
         if not self.claimed:
             self.operation.fail(error)
 
+    def park(self, response_id: str | None) -> None:
+        """The provider works on in the background."""
+        if self.passed_on:
+            self.operation.fail()
+        elif not self.claimed:
+            self.operation.park(response_id)
+
     def abandon(self, ending: Callable[[], Ending]) -> None:
         """The answer was forgotten: only queue it."""
         if self.passed_on:
@@ -170,6 +193,13 @@ _open: ContextVar[Slot | None] = ContextVar("vluna_llm_slot", default=None)
 def open_slot() -> Slot | None:
     """The innermost slot around the running code."""
     return _open.get()
+
+
+def mark_refused(error: VlunaError) -> None:
+    """Let the layer around the running code mark a refusal that is about to be raised."""
+    slot = _open.get()
+    if slot is not None and slot.mark is not None:
+        slot.mark(error)
 
 
 @contextmanager

@@ -226,14 +226,14 @@ class Vluna:
             GateDenied, GateRateLimited, InvalidGateRequest: the gate refused; the provider must not be called.
             GateUnavailable: no gate, and ``on_gate_unavailable="deny"``.
         """
-        if (claimed := self._claimed(bound)) is not None:
+        if (claimed := self._claimed(call.kind, bound)) is not None:
             return claimed
         prepared = self._unless_observed(lambda: self._prepare(call, bound))
         return None if prepared is None else self._admit(prepared)
 
     async def abegin(self, call: ModelCall, bound: CallContext | None = None) -> Operation | None:
         """`begin` for coroutines."""
-        if (claimed := self._claimed(bound)) is not None:
+        if (claimed := self._claimed(call.kind, bound)) is not None:
             return claimed
         prepared = self._unless_observed(lambda: self._prepare(call, bound))
         return None if prepared is None else await self._aadmit(prepared)
@@ -326,7 +326,7 @@ class Vluna:
 
     # -- admission -------------------------------------------------------------------------------------------------
 
-    def _claimed(self, bound: CallContext | None) -> Operation | None:
+    def _claimed(self, kind: str, bound: CallContext | None) -> Operation | None:
         slot = open_slot()
         if slot is None or self._mode == "off":
             return None
@@ -334,6 +334,7 @@ class Vluna:
         return slot.claim(
             gate=(self.settings.base_url or "", self.settings.realm_id or ""),
             customer=(context.principal_id, context.user_id),
+            kind=kind,
         )
 
     def _unless_observed(self, prepare: Callable[[], Prepared | None]) -> Prepared | None:

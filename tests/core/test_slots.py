@@ -128,6 +128,25 @@ def test_a_child_does_not_take_over_what_its_parent_has_admitted(gate: Sandbox) 
         assert charged(gate, "ann") == [15, 15]
 
 
+def test_work_of_another_kind_does_not_take_it_over(gate: Sandbox) -> None:
+    """A model that embeds its question before it asks: the lease of the answer is left for the answer."""
+    embedding = ModelCall("embeddings", "openai", "text-embedding-3-small", {"input": ["hi"]})
+    with vluna_for(gate) as vluna, call_context(principal_id="ann"):
+        slot = Slot()
+        slot.offer(vluna.begin(CALL))
+        share = slot.share
+        assert share is not None
+        with inside(slot):
+            inner = vluna.begin(embedding)
+        assert inner is not None
+        assert inner is not slot.operation
+        inner.finish(Ending("complete", usage=TokenUsage(8, 0), finished=True))
+        share.finish(USED)
+        assert vluna.flush(5)
+    booked = sorted((entry.feature, entry.quantity) for entry in gate.booked("ann").entries)
+    assert booked == [("openai.gpt-4o", 15), ("openai.text-embedding-3-small", 8)]
+
+
 @pytest.mark.parametrize("other", ["principal", "gate"])
 def test_work_for_somebody_else_is_passed_on(gate: Sandbox, other: str) -> None:
     """A client inside that is bound to another customer, or to another gate, bills there and nowhere else."""

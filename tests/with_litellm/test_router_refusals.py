@@ -95,6 +95,44 @@ def test_a_hundred_denials_cool_nothing_down(
 
 @COLOURS
 @STREAMS
+@pytest.mark.parametrize("routed", [False, True], ids=["function", "router"])
+def test_a_client_below_that_is_bound_to_somebody_else_is_refused(
+    routed: bool,
+    stream: bool,
+    is_async: bool,
+    pair: Pair,
+    metered: Vluna,
+    shared_gate: Sandbox,
+    books: Books,
+) -> None:
+    """Not by LiteLLM's own call, but by the client inside: it is the same refusal, and nobody tries again."""
+    import openai
+
+    poor = f"{books.customer}_poor"
+    shared_gate.set_credit(poor, 0)
+    kind = openai.AsyncOpenAI if is_async else openai.OpenAI
+    bare = kind(base_url=pair.first.base_url, api_key="sk", max_retries=0)
+    target = eager(pair) if routed else litellm
+    with call_context(principal_id=books.customer):
+        error = refused(
+            target,
+            GateDenied,
+            is_async=is_async,
+            stream=stream,
+            group="chat" if routed else f"openai/{MODEL}",
+            client=metered.bind(bare, principal_id=poor),
+        )
+    books.settled(metered)
+    assert (error.reason, error.gate_status, error.status_code) == ("insufficient_credit", 402, 400)
+    assert asked_of(shared_gate, poor) == 1
+    books.cancelled()
+    assert pair.asked == (0, 0)
+    if routed:
+        serves_everybody(target, pair, is_async=is_async, both=True, customer=books.customer)
+
+
+@COLOURS
+@STREAMS
 def test_rate_limits_of_the_gate_cool_nothing_down(
     stream: bool, is_async: bool, pair: Pair, metered: Vluna, shared_gate: Sandbox, customer: str
 ) -> None:

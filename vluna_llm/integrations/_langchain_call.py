@@ -148,8 +148,21 @@ def describe(
         body.setdefault("max_tokens", limit)
     if stop:
         body["stop"] = stop
-    provider = params.get("ls_provider") or type(model).__name__
-    return ModelCall("chat", str(provider), str(name), body, stream)
+    provider = str(params.get("ls_provider") or type(model).__name__)
+    if provider == "litellm":
+        provider, name = _behind_litellm(model, str(name))
+    return ModelCall("chat", provider, str(name), body, stream)
+
+
+def _behind_litellm(model: Any, name: str) -> tuple[str, str]:
+    """Provider and model of ``ChatLiteLLM``, read as LiteLLM's own integration reads them."""
+    try:
+        from ._litellm_models import model_of
+
+        custom = getattr(model, "custom_llm_provider", None)
+        return model_of({"model": name, "custom_llm_provider": custom, "api_base": getattr(model, "api_base", None)})
+    except Exception:
+        return "litellm", name
 
 
 def _plain(message: Any) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from pydantic import BaseModel
 from ..context import CallContext, current_context
 from ..errors import ConfigurationError, VlunaError
 from ..scoped import unset
-from ..slot import Slot, inside
+from ..slot import Slot, family_of, inside, open_slot
 from ._litellm_ask import ask_usage, is_refused, remember_refusal, upstream_of
 from ._litellm_background import response_id_of
-from ._litellm_call import LogicalCall, call_for, current_call, family_of, refusal
+from ._litellm_call import LogicalCall, call_for, current_call, refusal, refused_inside
 from ._litellm_key import in_proxy
 from ._litellm_metadata import Trace, strip, take_identity
 from ._litellm_models import as_deployed, positional_names
@@ -195,8 +195,10 @@ class Attempt:
                 self.call.answered(answered)  # LiteLLM could make nothing of it: what was reported was spent
             if self.parent is not None:
                 self.parent.failed_inside = True
+            if (below := refused_inside(error)) is not None:
+                self.call.refused = refusal(below)
             if not self.outermost:
-                return error
+                return error if below is None else below
             self.call.failed(error)
             refused = self.call.refused
             # LiteLLM puts an exception of its own in the place of a refusal that an attempt inside met.
@@ -313,6 +315,8 @@ def open_attempt(
     """
     around = current_attempt()
     call = call_for(kwargs)
+    if call is not None and open_slot() not in (None, call.slot):
+        around = call = None  # another layer that meters is between the two: what it has admitted is taken over
     given, bound, trace = _identity(vluna, kwargs)
     if around is None and call is None and trace is not None:
         # Handed on through a thread of LiteLLM's that knows nothing of the caller's context.

@@ -13,7 +13,7 @@ from ..ending import Ending
 from ..errors import GateError, VlunaError
 from ..lifecycle import ModelCall, Operation
 from ..scoped import scoped
-from ..slot import Slot, inside
+from ..slot import Slot, family_of, inside
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -41,7 +41,7 @@ class LogicalCall:
     def __init__(self, vluna: Vluna, bound: CallContext | None = None) -> None:
         self.vluna = vluna
         self.bound = bound
-        self.slot = Slot()
+        self.slot = Slot(refusal)
         self.attempts = 0
         self.family: str | None = None
         self.watched: Operation | None = None
@@ -78,7 +78,7 @@ class LogicalCall:
         if feature is None:
             return
         try:
-            self._admitted(feature, self.vluna.begin(call, self.bound))
+            self._admitted(feature, self.vluna.begin(call, self.bound), call.kind)
         except VlunaError as error:
             raise self._refused(feature, error) from error.__cause__
         except Exception:
@@ -90,7 +90,7 @@ class LogicalCall:
         if feature is None:
             return
         try:
-            self._admitted(feature, await self.vluna.abegin(call, self.bound))
+            self._admitted(feature, await self.vluna.abegin(call, self.bound), call.kind)
         except VlunaError as error:
             raise self._refused(feature, error) from error.__cause__
         except Exception:
@@ -119,9 +119,9 @@ class LogicalCall:
             self._give_up()
         return feature
 
-    def _admitted(self, feature: str, operation: Operation | None) -> None:
+    def _admitted(self, feature: str, operation: Operation | None, kind: str) -> None:
         self._feature = feature
-        self.slot.offer(operation)
+        self.slot.offer(operation, kind)
 
     def _refused(self, feature: str, error: VlunaError) -> VlunaError:
         self.refused = refusal(error)
@@ -187,11 +187,6 @@ def call_for(kwargs: Mapping[str, Any]) -> LogicalCall | None:
     return call
 
 
-def family_of(kind: str) -> str:
-    """Kinds of work between which LiteLLM translates (chat, responses, completions, messages) are one family."""
-    return kind if kind in ("embeddings", "images", "audio") else "generation"
-
-
 def enter_call(call: LogicalCall) -> None:
     """Make it the logical call of this task, for as long as the task lives: a proxy's hooks have no ``with``."""
     _current.set(call)
@@ -250,3 +245,21 @@ def refusal(error: VlunaError) -> VlunaError:
     error.status_code = 400  # type: ignore[attr-defined]
     error.gate_status = error.status if isinstance(error, GateError) else None  # type: ignore[attr-defined]
     return error
+
+
+def refused_inside(error: BaseException) -> VlunaError | None:
+    """The refusal that a metered client below LiteLLM met: LiteLLM alone has put exceptions around it, if anybody."""
+    found: BaseException | None = error
+    for _ in range(8):
+        if found is None or isinstance(found, VlunaError):
+            return found
+        if not any(kind.__module__.partition(".")[0] == "litellm" for kind in type(found).__mro__):
+            return None
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def told_for(error: BaseException) -> BaseException:
+    """What the caller is to see in this error's place: the refusal inside it, or the error itself."""
+    refused = refused_inside(error)
+    return error if refused is None or refused is error else refusal(refused)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from .._tap_watch import Watch
 from ..tap import arelease, release
+from ._litellm_call import told_for
 from ._litellm_parts import STREAM, part
 
 _END: Final = "_vluna_end"
@@ -61,7 +62,9 @@ def _sync_class(kind: Any) -> type[Any]:
             raise
         except BaseException as error:
             _broke(self, error)
-            raise
+            if (told := told_for(error)) is error:
+                raise
+            raise told from error
 
     return _subclass(kind, {"__next__": __next__})
 
@@ -91,7 +94,9 @@ def _async_class(kind: Any) -> type[Any]:
             raise
         except BaseException as error:
             _broke(self, error)
-            raise
+            if (told := told_for(error)) is error:
+                raise
+            raise told from error
 
     async def aclose(self: Any) -> None:
         await leave(self)

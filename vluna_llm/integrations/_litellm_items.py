@@ -19,9 +19,10 @@ from typing import Any, Final
 from .._tap_watch import REST_CHUNKS, How, Sink, Watch, collecting, watch_collector
 from ..ending import Ending
 from ..lifecycle import ModelCall
+from ..slot import Share
 from ..tap import DRAIN_SECONDS, note_open
 from ._litellm_ask import is_refused, without_asking
-from ._litellm_call import LogicalCall
+from ._litellm_call import LogicalCall, current_call
 from ._litellm_ends import tell_end
 from ._litellm_made import making
 from ._litellm_usage import ChunkReader, ending_of
@@ -65,7 +66,7 @@ class Site:
             where there is none.
     """
 
-    sink: Sink
+    sink: Share
     call: LogicalCall
     model_call: ModelCall
     is_async: bool
@@ -203,8 +204,21 @@ class _Observed:
     def _beginning(self) -> Generator[None, None, None]:
         """The first read: whatever it asks of a provider belongs to this call."""
         self._begun = self._watch.asked = True
-        with self._site.call.running(), making(self._made):
-            yield
+        try:
+            with self._site.call.running(), making(self._made):
+                yield
+        except BaseException as error:
+            if self._superseded:
+                self._site.call.failed(error)
+            raise
+        finally:
+            if self._superseded:
+                self._watch.told = True
+
+    @property
+    def _superseded(self) -> bool:
+        """Whether another call, under another feature, was made for this stream: that one is billed, in its place."""
+        return self._site.call.operation is not self._site.sink.operation
 
     def _first(self) -> Any:
         with self._beginning():
@@ -231,7 +245,8 @@ class _Observed:
     def _made(self, stream: Any) -> None:
         """LiteLLM has made a stream inside this one: what is below it is observed instead of the items."""
         try:
-            if not self._watch.told and self._site.adopt(stream, stream):
+            mine = current_call() is self._site.call and not self._superseded  # else it is settled by whose it is
+            if mine and not self._watch.told and self._site.adopt(stream, stream):
                 self._watch.told = True
         except Exception:
             self._watch.report("litellm.made")

@@ -17,6 +17,7 @@ from ._sdk_call import Call, ending_of, prepare_call, raw_mode
 
 if TYPE_CHECKING:
     from ..context import CallContext
+    from ..slot import Share
     from ..vluna import Vluna
 
 _WORKING: Final = frozenset({"queued", "in_progress"})
@@ -176,7 +177,7 @@ class _Retrieved(_Nobody):
 class _Parked(_Nobody):
     """A response created with ``background=True``: leaving it does not end it, and its usage is booked by its id."""
 
-    def __init__(self, call: OpenAICall, operation: Operation) -> None:
+    def __init__(self, call: OpenAICall, operation: Operation | Share) -> None:
         self._call = call
         self._operation = operation
         self.settle_inline = False  # type: ignore[misc]

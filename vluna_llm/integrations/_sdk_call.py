@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 from ..ending import Ending
 from ..errors import VlunaError
 from ..scoped import scoped
+from ..slot import mark_refused
 from ..tap import Sink, tap
 
 if TYPE_CHECKING:
     from ..context import CallContext
     from ..lifecycle import ModelCall, Operation
+    from ..slot import Share
     from ..usage import BodyFacts, StreamReader
     from ..vluna import Vluna
     from ._openai_endpoints import Endpoint
@@ -39,7 +41,7 @@ class Call:
         self.bound = bound
         self.model_call = model_call
         self.url = url
-        self.operation: Operation | None = None
+        self.operation: Operation | Share | None = None
         self.pending: Any = None  # an authorize under way (authorize="overlap")
         self.answered: Literal["no", "whole", "open"] = "no"
 
@@ -54,7 +56,8 @@ class Call:
         """Ask the gate; None where the call is not metered. Only refusals are raised."""
         try:
             return self.vluna.begin(self.model_call, self.bound)
-        except VlunaError:
+        except VlunaError as error:
+            mark_refused(error)
             raise
         except Exception:
             self.vluna.internal_error(f"{self.sdk}.begin")
@@ -64,7 +67,8 @@ class Call:
         """`begin` for coroutines."""
         try:
             return await self.vluna.abegin(self.model_call, self.bound)
-        except VlunaError:
+        except VlunaError as error:
+            mark_refused(error)
             raise
         except Exception:
             self.vluna.internal_error(f"{self.sdk}.begin")

@@ -8,21 +8,26 @@
 A refusal is an answer here: 402, 403, 429, 400 or 503 in the provider's shape, with ``x-should-retry: false``, so that
 an SDK above neither tries again nor takes it for a broken connection. The exception itself is in
 ``response.extensions["vluna_error"]``. Each HTTP request is one operation: the retries of an SDK above are several, of
-which those that failed are given back. Below a client that is metered itself nothing is metered again. The setting
+which those that failed are given back. Below a client that is metered itself nothing is metered again, and what is
+metered below (a second transport, an application that is called in this process) takes the operation over. The setting
 ``authorize="overlap"`` means nothing here: the gate is always asked first.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .._tap_wire import http_module
-from ..context import CallContext, make_context
+from ..context import CallContext, make_context, within
 from ..errors import ConfigurationError, VlunaError
+from ..lifecycle import Operation
+from ..slot import Slot, inside
 from ._http_call import Exchange, RefusedOption, may_be_metered, prepare, refusal
-from ._sdk_call import in_flight
+from ._sdk_call import Call, in_flight
 from ._sdk_clients import drop_in_metering
 
 if TYPE_CHECKING:
@@ -96,6 +101,21 @@ class _Transport:
         return http.Response(status, headers=headers, json=body, request=request, extensions={"vluna_error": error})
 
 
+@contextmanager
+def _offered(call: Call) -> Iterator[None]:
+    """What is metered below, another transport or a gateway in this process, takes the operation over, and bills the
+    same customer."""
+    slot = Slot()
+    slot.offer(call.operation if isinstance(call.operation, Operation) else None, call.model_call.kind)
+    call.operation = slot.share
+    with ExitStack() as around:
+        if call.bound is not None:
+            around.enter_context(within(call.bound))
+        if call.operation is not None:
+            around.enter_context(inside(slot))
+        yield
+
+
 _FRAMING = frozenset({"content-length", "transfer-encoding"})
 
 
@@ -130,7 +150,8 @@ class MeteringTransport(_Transport):
         except VlunaError as error:
             return self._refused(request, error)
         try:
-            response = self._inner.handle_request(self._asking(request, exchange))
+            with _offered(call):
+                response = self._inner.handle_request(self._asking(request, exchange))
             if exchange.asked is not None and response.status_code in _REFUSALS:
                 response.read()
                 if call.refused_option(RefusedOption(response.status_code, response.text)):
@@ -170,7 +191,8 @@ class AsyncMeteringTransport(_Transport):
         except VlunaError as error:
             return self._refused(request, error)
         try:
-            response = await self._inner.handle_async_request(self._asking(request, exchange))
+            with _offered(call):
+                response = await self._inner.handle_async_request(self._asking(request, exchange))
             if exchange.asked is not None and response.status_code in _REFUSALS:
                 await response.aread()
                 if call.refused_option(RefusedOption(response.status_code, response.text)):

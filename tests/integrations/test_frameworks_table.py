@@ -88,12 +88,6 @@ _customers = itertools.count(1)
 _loop = asyncio.new_event_loop()  # one for all: LangChain shares HTTP clients among models
 
 
-@pytest.fixture(scope="module")
-def gate() -> Iterator[Sandbox]:
-    with Sandbox() as gate:
-        yield gate
-
-
 @pytest.fixture(scope="module", params=list(STAGES))
 def kind(request: pytest.FixtureRequest) -> Any:
     """The framework, where it is installed; each has an environment of its own."""
@@ -101,6 +95,13 @@ def kind(request: pytest.FixtureRequest) -> Any:
     pytest.importorskip(found.package, reason=f"{request.param} is not installed here")
     found.name = request.param
     return found
+
+
+@pytest.fixture(scope="module")
+def gate(kind: Any) -> Iterator[Sandbox]:
+    """A gate of its own for each framework, since what it refuses is changed."""
+    with Sandbox() as gate:
+        yield gate
 
 
 @pytest.fixture(scope="module")
@@ -242,12 +243,12 @@ def installed() -> list[Any]:
     return found
 
 
-def test_one_task_across_frameworks_and_threads(gate: Sandbox, make_vluna: Any) -> None:
+def test_one_task_across_frameworks_and_threads(shared_gate: Sandbox, make_vluna: Any) -> None:
     """Its scope adds up what all of them were charged: each in a thread and a loop of its own, at once."""
     kinds = installed()
     if not kinds:
         pytest.skip("no framework is installed here")
-    vluna, customer = make_vluna(gate), f"reader_{next(_customers)}"
+    vluna, customer = make_vluna(), f"reader_{next(_customers)}"
     with ExitStack() as stack, ThreadPoolExecutor() as threads:
         stages = [kind(stack.enter_context(kind.models()), vluna) for kind in kinds]
         with call_context(principal_id=customer) as scope:
@@ -258,7 +259,7 @@ def test_one_task_across_frameworks_and_threads(gate: Sandbox, make_vluna: Any) 
         assert [told.error for told in tolds] == [None] * len(kinds)
     assert scope.wait(10)
     assert vluna.flush(10)
-    booked = gate.booked(customer)
+    booked = shared_gate.booked(customer)
     assert len(booked.entries) == 4 * len(kinds)
     assert (scope.settled_xusd, scope.estimated_xusd, scope.pending) == (booked.charged_xusd, 0, 0)
     assert booked.charged_xusd > 0

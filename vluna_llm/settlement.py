@@ -185,9 +185,12 @@ def with_bytes_of_rest(row: Row) -> Row:
 
 def _rest_request(row: Row, rest: tuple[MeterLine, ...], key: str) -> GateRequest:
     """What is left of a partly charged ingest: the same lines on the same meters, whatever has a price meanwhile."""
-    quantity = sum(line.quantity for line in rest)
-    only_primary = all(line.meter_code == row.feature_code for line in rest)
-    return _ingest(row, quantity, {} if only_primary else {line.meter_code: line.quantity for line in rest}, key)
+    usage, quantity = row.state.usage, sum(line.quantity for line in rest)
+    if all(line.meter_code == row.feature_code for line in rest):
+        return _ingest(row, quantity, {}, key)
+    if usage is not None and rest == row.state.meters:
+        quantity = usage.total_tokens  # all of it, beside the total that the caller gave
+    return _ingest(row, quantity, {line.meter_code: line.quantity for line in rest}, key)
 
 
 def _ingest(row: Row, quantity: int, meters: Mapping[str, int], key: str) -> GateRequest:

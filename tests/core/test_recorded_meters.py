@@ -379,9 +379,7 @@ def test_a_lease_that_ran_out_is_followed_by_an_ingest_of_the_same_lines() -> No
 
 
 @pytest.mark.parametrize("fault", ["drop_after", "error_before", "drop_before"])
-def test_an_answer_that_is_lost_is_asked_for_again_with_the_same_bytes(
-    vluna: Vluna, gate: Sandbox, fault: Any
-) -> None:
+def test_an_answer_that_is_lost_is_asked_for_again_with_the_same_bytes(vluna: Vluna, gate: Sandbox, fault: Any) -> None:
     sell(gate)
     gate.faults.add(fault, "commits", times=2)
     receipt_of(read(vluna, quantity=1, meters=USED))

@@ -186,11 +186,15 @@ def test_what_cannot_be_booked_is_said_at_once(
 
 def test_what_was_used_is_booked_also_where_the_work_raises(vluna: Vluna, gate: Sandbox) -> None:
     sell(gate)
+
+    @vluna.operation(feature_code=OCR)
+    def work(op: Any = None) -> None:
+        op.record(meters=USED)
+        raise LookupError
+
     with call_context(principal_id="ann"), pytest.raises(LookupError):
-        with vluna.operation(feature_code=OCR) as op:
-            op.record(meters=USED)
-            raise LookupError
-    receipt_of(op)
+        work()
+    assert vluna.flush(10)
     assert booked(gate) == [("commit", 52, USED, COST)]
 
 
@@ -393,9 +397,9 @@ def test_two_runs_of_a_job_are_charged_once_by_the_lines_of_the_first(
     sell(gate)
     states = []
     for pages in (12, 13):
-        with call_context(principal_id="ann", idempotency_key="job-1"):
-            with make_vluna().operation(feature_code=OCR) as op:
-                op.record(meters={PAGES: pages, SECONDS: 40})
+        run = make_vluna().operation(feature_code=OCR)
+        with call_context(principal_id="ann", idempotency_key="job-1"), run as op:
+            op.record(meters={PAGES: pages, SECONDS: 40})
         states.append(receipt_of(op).state)
     assert states == ["booked", "lapsed"]
     assert booked(gate) == [("commit", 52, USED, COST)]

@@ -1,7 +1,8 @@
 """A host in a process of its own: its own outbox directory and home, told over its standard input what to do.
 
 Commands are JSON objects, a line each, answered by a line each: ``{"do": "work", "customers": [...], "each": 3}``,
-``{"do": "record", "customers": [...], "meters": {...}}``, ``{"do": "flush", "seconds": 10}``, ``counts``, ``stages``, ``fork``, ``close``.
+``{"do": "record", "customers": [...], "meters": {...}}``, ``{"do": "flush", "seconds": 10}``, ``counts``, ``stages``,
+``fork``, ``close``.
 """
 
 from __future__ import annotations

@@ -313,13 +313,7 @@ def test_a_meter_that_the_gate_does_not_have_charges_nothing_of_the_commit(
         foreign = "tools.scan.sheets"
         if known == "of another feature":
             gate.price(foreign, 5, feature="tools.scan")
-        vluna = Vluna(
-            base_url=gate.base_url,
-            realm_id=gate.realm_id,
-            key_id=gate.key_id,
-            key_secret=gate.key_secret,
-            outbox=str(tmp_path),
-        )
+        vluna = make_vluna(base_url=gate.base_url, key_id=gate.key_id, key_secret=gate.key_secret, outbox=str(tmp_path))
         op = read(vluna, meters={PAGES: 1, foreign: 2})
         assert receipt_of(op).state == "quarantined"
         gate.feature(OCR, meters=(PAGES, SECONDS, foreign))
@@ -328,7 +322,6 @@ def test_a_meter_that_the_gate_does_not_have_charges_nothing_of_the_commit(
         order(vluna, op, "repair")
         until(lambda: bool(booked(gate)), "repaired")
         assert booked(gate) == [("ingest", 3, {PAGES: 1, foreign: 2}, 110)]
-        vluna.close(timeout=2)
 
 
 # -- without a lease, or with one that is gone -------------------------------------------------------------------------
@@ -364,22 +357,15 @@ def test_in_mode_never_an_ingest_waits_for_the_primary_price_alone(
     assert booked(gate) == [("ingest", 52, {OCR: 52}, 52_000)]
 
 
-def test_a_lease_that_ran_out_is_followed_by_an_ingest_of_the_same_lines() -> None:
+def test_a_lease_that_ran_out_is_followed_by_an_ingest_of_the_same_lines(make_vluna: Callable[..., Vluna]) -> None:
     with Sandbox({"lease_ttl_seconds": 0.05, "grace_ms": 0}) as gate:
         sell(gate)
-        vluna = Vluna(
-            base_url=gate.base_url,
-            realm_id=gate.realm_id,
-            key_id=gate.key_id,
-            key_secret=gate.key_secret,
-            outbox="memory",
-        )
+        vluna = make_vluna(base_url=gate.base_url, key_id=gate.key_id, key_secret=gate.key_secret)
         with call_context(principal_id="ann"), vluna.operation(feature_code=OCR) as op:
             time.sleep(0.3)
             op.record(quantity=2, meters=USED)
         assert receipt_of(op).state == "rebooked"
         assert booked(gate) == [("ingest", 2, USED, COST)]
-        vluna.close(timeout=2)
 
 
 @pytest.mark.parametrize("fault", ["drop_after", "error_before", "drop_before"])

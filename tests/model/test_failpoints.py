@@ -70,7 +70,13 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     "admission.answered": (Case("calls"), Case("calls", nth=2)),
     "admission.ungated": (Case("calls", gate="does not authorize"),),
     "admission.denied": (Case("denied", gate="has no credit"),),
-    "operation.ended": (Case("pages"), Case("pages", shared=True), Case("calls"), Case("given_up"), Case("calls", gate="does not authorize")),
+    "operation.ended": (
+        Case("pages"),
+        Case("pages", shared=True),
+        Case("calls"),
+        Case("given_up"),
+        Case("calls", gate="does not authorize"),
+    ),
     "operation.parked": (Case("parked", after="retrieved"),),
     "delivery.leased": (Case("job", gate="authorizes late"),),
     "delivery.composed": (

@@ -191,18 +191,13 @@ def test_a_host_of_version_2_commits_the_lines(
 
 
 def test_a_host_of_version_2_that_repairs_a_commit_by_itself_ingests_the_lines(
-    database: str, of_version_2: None
+    make_vluna: Callable[..., Vluna], database: str, of_version_2: None
 ) -> None:
     """It withdraws the bytes of the commit, and composes the ingest from what it knows."""
     with Sandbox({"lease_ttl_seconds": 0.05, "grace_ms": 0}) as gate:
         sell(gate)
-        vluna = Vluna(
-            base_url=gate.base_url,
-            realm_id=gate.realm_id,
-            key_id=gate.key_id,
-            key_secret=gate.key_secret,
-            outbox="memory",
-            outbox_shared=database,
+        vluna = make_vluna(
+            outbox_shared=database, base_url=gate.base_url, key_id=gate.key_id, key_secret=gate.key_secret
         )
         with call_context(principal_id="ann"), vluna.operation(feature_code=OCR) as op:
             time.sleep(0.3)
@@ -211,7 +206,6 @@ def test_a_host_of_version_2_that_repairs_a_commit_by_itself_ingests_the_lines(
         assert receipt is not None
         assert (receipt.state, receipt.charged_xusd) == ("rebooked", COST)
         assert booked(gate) == [("ingest", 52, USED, COST)]
-        vluna.close(timeout=2)
 
 
 @pytest.mark.parametrize("missing", [(SECONDS,), (PAGES, SECONDS)], ids=str)

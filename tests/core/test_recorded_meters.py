@@ -368,6 +368,15 @@ def test_a_lease_that_ran_out_is_followed_by_an_ingest_of_the_same_lines(make_vl
         assert booked(gate) == [("ingest", 2, USED, COST)]
 
 
+def test_a_gate_of_the_other_dialect_gets_the_same_lines(make_vluna: Callable[..., Vluna]) -> None:
+    with Sandbox(dialect="lease") as gate:
+        sell(gate)
+        vluna = make_vluna(base_url=gate.base_url, key_id=gate.key_id, key_secret=gate.key_secret)
+        receipt_of(read(vluna, quantity=3, meters=USED))
+        assert read(vluna, meters={PAGES: 0}).wait(10) is not None
+        assert booked(gate) == [("commit", 3, USED, COST)]
+
+
 @pytest.mark.parametrize("fault", ["drop_after", "error_before", "drop_before"])
 def test_an_answer_that_is_lost_is_asked_for_again_with_the_same_bytes(vluna: Vluna, gate: Sandbox, fault: Any) -> None:
     sell(gate)

@@ -23,7 +23,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"admission", "lifecycle", "preparation"}),
     frozenset({"process", "runtime"}),
     frozenset({"settler", "delivery", "keeper", "sharing", "obey"}),
-    frozenset({"ledger", "settlement", "books"}),
+    frozenset({"ledger", "settlement", "owed", "books"}),
     frozenset({"reporting"}),
     frozenset({"gate", "outbox"}),
     frozenset({"telemetry", "pricing", "gauges"}),

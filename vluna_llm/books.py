@@ -26,6 +26,7 @@ from .gate.models import CommitResult
 from .gate.readings import Allocation, Listing, RatedRecord, Rating, WalletBalance
 from .operation import Part
 from .outbox import Row
+from .outbox.row import unbilled as total_unbilled
 from .settlement import PRICE_IS_MISSING, ROUND_LABEL, SETTLEMENT_LABEL, Verdict, unbilled
 from .types import ReceiptState
 from .usage.meters import MeterLine
@@ -396,7 +397,7 @@ def _rounds(row: Row, rounds: list[Booking], doubt: Verdict) -> Verdict:
     if last.unpriced:
         left = sum(line.quantity for line in last.unpriced)
         alone = len(rounds) == 1 and row.state.rest is None and not row.derived
-        whole = alone and row.state.usage is not None and left == row.state.usage.total_tokens
+        whole = alone and left == total_unbilled(row)
         return unbilled(row, last.unpriced, parts, last.round_ or 0, whole=whole)
     if not ours and not row.state.parts:
         return _somebody_elses(row, last, doubt)

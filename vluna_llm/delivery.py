@@ -27,6 +27,7 @@ from .gate.requests import POST_PATHS, GateRequest
 from .operation import OperationState
 from .outbox import Row
 from .outbox.row import named
+from .owed import unpriced
 from .pricing import PriceBook
 from .reporting import attributes_of, receipt_json, span_of, tell_end, tell_rest
 from .settlement import (
@@ -43,7 +44,6 @@ from .settlement import (
     receipt_of,
     settle_key,
     slow_backoff,
-    unpriced,
     wants_lease,
     with_bytes_of_rest,
     withdrawn,
@@ -203,7 +203,7 @@ class Delivery:
             row = _unbooked(row)
         if wants_lease(row):
             row = self._late_lease(row, store)
-        if row.state.rest and row.state.settlement == "pending":
+        if row.state.rest and row.state.settlement == "pending" and row.state.route == "ingest":
             self._check_rest(row)
         if row.body is None:
             priced = self._priced(row)

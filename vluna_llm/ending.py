@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from .types import UsageSource
+from .usage.meters import MeterLine
 from .usage.types import TokenUsage
 
 OnAbort = Literal["cancel", "estimate", "drain"]
@@ -52,13 +53,15 @@ class Ending:
 class Verdict:
     """What to do with the operation, and what to tell.
 
-    ``forgone_tokens`` counts the generated tokens that are given away when an abort cancels.
+    ``forgone_tokens`` counts the generated tokens that are given away when an abort cancels. ``meters`` is what the
+    caller recorded on meters of its own.
     """
 
     work: Literal["completed", "failed", "aborted"]
     usage: TokenUsage | None = None
     source: UsageSource | None = None
     forgone_tokens: int = 0
+    meters: tuple[MeterLine, ...] = ()
 
 
 def judge(ending: Ending, *, estimated_input: int, estimated_output: int, on_abort: OnAbort) -> Verdict:

@@ -96,7 +96,7 @@ def validate_code(code: str, name: str) -> str:
     Raises:
         ConfigurationError: the gate would refuse it, and the work could never be booked.
     """
-    lowered = code.lower()
+    lowered = code.lower() if isinstance(code, str) else ""
     if not is_code(lowered):
         raise ConfigurationError(
             f"{name} {code!r} is no code; use 1 to {LONGEST_CODE} of a-z 0-9 . _ / @ : - "

@@ -21,6 +21,7 @@ from .outbox import Row
 from .reporting import attributes_of, span_of
 from .settlement import receipt_of, withdrawn
 from .types import Lease, Receipt
+from .usage.meters import MeterLine
 from .usage.types import TokenUsage
 
 if TYPE_CHECKING:
@@ -134,9 +135,9 @@ class Operation:
         """The caller says what was used."""
         self._settle(lambda: Verdict("completed", usage, "caller"))
 
-    def record_quantity(self, quantity: int) -> None:
-        """The caller says how much was used, in the feature's own unit: priced as a whole, never split by meters."""
-        self._settle(lambda: Verdict("completed", TokenUsage(input_tokens=quantity), "caller"))
+    def record_quantity(self, quantity: int, meters: tuple[MeterLine, ...] = ()) -> None:
+        """The caller says how much was used, in the feature's own unit: priced as a whole, or by these ``meters``."""
+        self._settle(lambda: Verdict("completed", TokenUsage(input_tokens=quantity), "caller", meters=meters))
 
     def fail(self, error: BaseException | None = None) -> None:
         """No answer came: the provider refused, the connection failed, or the call was cancelled before."""
@@ -231,7 +232,9 @@ class Operation:
             now = self._known(found)
             if verdict.work == "completed":
                 assert usage is not None
-                state = now.state.completed(usage, verdict.source or "provider", shared_lease=now.derived)
+                state = now.state.completed(
+                    usage, verdict.source or "provider", shared_lease=now.derived, meters=verdict.meters
+                )
             elif verdict.work == "failed":
                 state = now.state.failed()
             else:
@@ -266,6 +269,8 @@ class Operation:
         """What the usage costs by the prices known, in XUSD; None where none are."""
         if not runtime.prices.knows(row.feature_code):
             return None
+        if row.state.meters and runtime.settings.meters != "never":
+            return runtime.prices.guess_lines(row.feature_code, row.state.meters)
         names = None if row.unsplit else runtime.names(row.feature_code)
         return runtime.prices.guess(
             row.feature_code, names, usage.input_tokens, usage.output_tokens, usage.cached_tokens

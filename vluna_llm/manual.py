@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from .context import CallContext, current_context, within
+from .identity import validate_code
 from .lifecycle import Operation
 from .types import Lease, Receipt
+from .usage.meters import MeterLine
 from .usage.types import TokenUsage
 
 if TYPE_CHECKING:
@@ -36,23 +38,46 @@ class RecordedOperation:
     def __init__(self, operation: Operation | None) -> None:
         self._operation = operation
         self.parent_operation_id = current_context().parent_operation_id
-        self._recorded: int | TokenUsage | None = None
+        self._recorded: TokenUsage | tuple[int, tuple[MeterLine, ...]] | None = None
         self.operation_id = operation.operation_id if operation else ""
         self.lease: Lease | None = operation.lease if operation else None
 
-    def record(self, usage: TokenUsage | None = None, *, quantity: int | None = None) -> None:
-        """Say what was used: a `TokenUsage`, or a plain ``quantity`` (>= 0) in the feature's unit. The last one counts.
+    def record(
+        self,
+        usage: TokenUsage | None = None,
+        *,
+        quantity: int | None = None,
+        meters: Mapping[str, int] | None = None,
+    ) -> None:
+        """Say what was used. The last one counts.
 
         It is booked when the ``with`` is left, also when it is left by an exception: what was used was used.
 
+        Args:
+            usage: the tokens of a model, priced as a whole; nothing can stand beside it.
+            quantity: so much (>= 0) in the feature's unit, priced by the feature's primary meter.
+            meters: so much (>= 0) on each of these meters of the feature, each priced by itself. A ``quantity`` beside
+                them is the total that counts against quotas, at least 1, and prices nothing; without it the total is
+                their sum. Zeros are left out; where nothing is left, nothing was used.
+
         Raises:
-            ValueError: neither or both were given, or the quantity is negative or not an integer.
+            ValueError: nothing was given, a usage together with something else, or a number that is negative or not
+                an integer.
+            ConfigurationError: the gate would not take the code of a meter.
         """
-        if (usage is None) == (quantity is None):
-            raise ValueError("record takes either a TokenUsage or quantity=..., one of the two")
-        if quantity is not None and (isinstance(quantity, bool) or not isinstance(quantity, int) or quantity < 0):
-            raise ValueError(f"quantity must be an integer of at least 0, not {quantity!r}")
-        self._recorded = usage if usage is not None else quantity
+        if (usage is None) == (quantity is None and meters is None):
+            raise ValueError("record takes a TokenUsage, or quantity=... and meters=... (one of them or both)")
+        if quantity is not None:
+            _whole(quantity, "quantity")
+        if usage is not None:
+            self._recorded = usage
+        elif meters is None:
+            self._recorded = (quantity or 0, ())
+        else:
+            lines = _lines(meters)
+            total = sum(line.quantity for line in lines)
+            # The gate takes no commit of 0, and a total without lines would be charged by the primary meter.
+            self._recorded = (total if quantity is None or not lines else max(quantity, 1), lines)
 
     def wait(self, timeout: float | None = None) -> Receipt | None:
         """Wait at most ``timeout`` seconds for the receipt, after the ``with`` was left; None where it did not come."""
@@ -72,11 +97,28 @@ class RecordedOperation:
         if isinstance(self._recorded, TokenUsage):
             self._operation.record(self._recorded)
         elif self._recorded is not None:
-            self._operation.record_quantity(self._recorded)
+            self._operation.record_quantity(*self._recorded)
         else:
             if error is None:
                 vluna.tell_nothing_recorded(self._operation.operation_id)
             self._operation.fail(error)
+
+
+def _lines(meters: Mapping[str, int]) -> tuple[MeterLine, ...]:
+    """One line for each meter that was used, in the order of their codes (gate contract 1.7)."""
+    if not isinstance(meters, Mapping):
+        raise ValueError(f"meters must be a mapping like {{'ocr.pages': 12}}, not {type(meters).__name__}")
+    found: dict[str, int] = {}
+    for name, quantity in meters.items():
+        code = validate_code(name, "meters key")
+        found[code] = found.get(code, 0) + _whole(quantity, f"meters[{name!r}]")
+    return tuple(MeterLine(code, quantity) for code, quantity in sorted(found.items()) if quantity)
+
+
+def _whole(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, not {value!r}")
+    return value
 
 
 class OperationContext:

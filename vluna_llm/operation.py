@@ -48,7 +48,9 @@ class OperationState:
     charged, so the gate's own books are looked at before anything is sent. ``used_up`` counts the ingests that the
     gate took and booked as 0, wholly or in part, for want of a price; each has used up its key for ever. ``rest`` is
     what of the usage is still to be charged after such an ingest, None where there was none: it alone is sent under the
-    next key. ``parts`` is what was charged before.
+    next key. ``parts`` is what was charged before. ``meters`` is the usage on meters that the caller named, in the
+    order of their codes: it is charged by these lines, and the total of ``usage`` only counts against quotas. Handed to
+    other hosts, such a row has them as its ``rest`` from the start (`vluna_llm.sharing.handing`).
     """
 
     admission: Admission = "pending"
@@ -63,6 +65,7 @@ class OperationState:
     used_up: int = 0
     rest: tuple[MeterLine, ...] | None = None
     parts: tuple[Part, ...] = ()
+    meters: tuple[MeterLine, ...] = ()
 
     # -- admission -------------------------------------------------------------------------------------------------
 
@@ -109,7 +112,14 @@ class OperationState:
             return self
         return replace(self, work="running")
 
-    def completed(self, usage: TokenUsage, source: UsageSource, *, shared_lease: bool = False) -> OperationState:
+    def completed(
+        self,
+        usage: TokenUsage,
+        source: UsageSource,
+        *,
+        shared_lease: bool = False,
+        meters: tuple[MeterLine, ...] = (),
+    ) -> OperationState:
         """The usage of the work is known. It outranks failure and abort until a settlement is on its way.
 
         A cancel that was composed and not sent is withdrawn; one that was sent is followed by an ingest, since the
@@ -139,6 +149,7 @@ class OperationState:
             usage_source=source,
             settlement="pending",
             route="commit" if self.admission == "leased" and usable else "ingest",
+            meters=meters,
         )
 
     def failed(self) -> OperationState:
@@ -214,6 +225,10 @@ class OperationState:
             parts=self.parts + parts,
             used_up=used_up if wait else used_up + 1,
         )
+
+    def by_lines(self, lines: tuple[MeterLine, ...]) -> OperationState:
+        """All that is to be charged is known line by line: whatever repairs it sends these, never the total."""
+        return replace(self, rest=lines) if self.rest is None and self.meters else self
 
     def _without_rest(self) -> OperationState:
         return self if self.rest is None else replace(self, rest=())

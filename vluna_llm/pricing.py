@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .errors import GateUnavailable
 from .usage.features import MeterNames
+from .usage.meters import MeterLine
 
 TTL_SECONDS = 60.0
 _MAX_FEATURES = 2_000
@@ -20,6 +21,10 @@ class Price:
 
     unit_price_xusd: int
     unit_quantity: int = 1
+
+    def of(self, quantity: int) -> int:
+        """What so much costs, in XUSD, rounded down."""
+        return quantity * self.unit_price_xusd // max(self.unit_quantity, 1)
 
 
 Prices = Mapping[str, Price]
@@ -100,5 +105,11 @@ class PriceBook:
         for chain, quantity in split:
             price = next((prices[code] for code in (*chain, feature_code) if code in prices), None)
             if price is not None:
-                total += quantity * price.unit_price_xusd // max(price.unit_quantity, 1)
+                total += price.of(quantity)
         return total
+
+    def guess_lines(self, feature_code: str, lines: Iterable[MeterLine]) -> int:
+        """`guess` for lines on meters that the caller named: each by its own price, nothing for one without."""
+        known = self._known.get(feature_code)
+        prices = {} if known is None else known[1]
+        return sum(prices[line.meter_code].of(line.quantity) for line in lines if line.meter_code in prices)

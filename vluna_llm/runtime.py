@@ -149,7 +149,7 @@ class Runtime:
             return None
         base_url, realm_id, _, _ = self.settings.require_credentials()
         shared = open_shared(url.get_secret_value(), base_url, realm_id)
-        return Sharing(shared, self.ledger, self.telemetry, margin=SETTLE_TIMEOUT + 1.0)
+        return Sharing(shared, self.ledger, self.telemetry, margin=SETTLE_TIMEOUT + 1.0, meters=self.settings.meters)
 
     def _adopt(self, paths: Sequence[Path] | None = None) -> None:
         """Take over what dead processes left behind in the same directory, for the same gate and realm."""

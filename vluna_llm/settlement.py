@@ -22,10 +22,11 @@ from .gate.requests import GateRequest, cancel_request, commit_request, ingest_r
 from .operation import OperationState, Part
 from .outbox import Row
 from .outbox.row import named
+from .owed import lines_of, lines_sent
 from .reporting import span_of
 from .types import Lease, Receipt, ReceiptState
 from .usage.features import MeterNames
-from .usage.meters import MeterLine, MetersMode, compose_lines
+from .usage.meters import MeterLine, MetersMode
 
 FAST_ATTEMPTS = 8
 """Deliveries in quick succession before a settlement is kept and tried slowly (gate contract, section 12)."""
@@ -153,13 +154,9 @@ def compose(row: Row, *, mode: MetersMode, names: MeterNames, priced: Collection
             lease=lease_of(row), principal_id=row.principal_id, user_id=row.user_id, idempotency_key=key
         )
     assert state.usage is not None
-    if state.rest:
+    if state.rest and state.route == "ingest":
         return _rest_request(row, state.rest, key)
-    mode = "never" if row.unsplit else mode
-    lines = compose_lines(
-        state.usage, row.feature_code, mode=mode, names=names, priced=None if priced is None else frozenset(priced)
-    )
-    meters = {line.meter_code: line.quantity for line in lines}
+    meters = {line.meter_code: line.quantity for line in lines_of(row, mode, names, priced)}
     if state.route == "commit":
         return commit_request(
             lease=lease_of(row),
@@ -180,7 +177,7 @@ def with_bytes_of_rest(row: Row) -> Row:
     knows the whole usage only. Raises `ConfigurationError` as `compose` does.
     """
     state = row.state
-    if not state.rest or state.settlement != "pending" or row.body is not None:
+    if not state.rest or state.settlement != "pending" or state.route != "ingest" or row.body is not None:
         return row
     request = _rest_request(row, state.rest, settle_key(row))
     return row.evolve(path=request.path, body=request.body)
@@ -188,9 +185,12 @@ def with_bytes_of_rest(row: Row) -> Row:
 
 def _rest_request(row: Row, rest: tuple[MeterLine, ...], key: str) -> GateRequest:
     """What is left of a partly charged ingest: the same lines on the same meters, whatever has a price meanwhile."""
-    quantity = sum(line.quantity for line in rest)
-    only_primary = all(line.meter_code == row.feature_code for line in rest)
-    return _ingest(row, quantity, {} if only_primary else {line.meter_code: line.quantity for line in rest}, key)
+    usage, quantity = row.state.usage, sum(line.quantity for line in rest)
+    if all(line.meter_code == row.feature_code for line in rest):
+        return _ingest(row, quantity, {}, key)
+    if usage is not None and rest == row.state.meters:
+        quantity = usage.total_tokens  # all of it, beside the total that the caller gave
+    return _ingest(row, quantity, {line.meter_code: line.quantity for line in rest}, key)
 
 
 def _ingest(row: Row, quantity: int, meters: Mapping[str, int], key: str) -> GateRequest:
@@ -205,17 +205,6 @@ def _ingest(row: Row, quantity: int, meters: Mapping[str, int], key: str) -> Gat
         labels=labels_of(row),
         idempotency_key=key,
     )
-
-
-def unpriced(row: Row, names: MeterNames, priced: Collection[str], mode: MetersMode = "auto") -> list[str]:
-    """The meters to which this usage would go and which have no price."""
-    assert row.state.usage is not None
-    if row.state.rest:
-        return [line.meter_code for line in row.state.rest if line.meter_code not in priced]
-    mode = "never" if row.unsplit else mode
-    lines = compose_lines(row.state.usage, row.feature_code, mode=mode, names=names, priced=frozenset(priced))
-    codes = [line.meter_code for line in lines] or [row.feature_code]
-    return [code for code in codes if code not in priced]
 
 
 def labels_of(row: Row) -> dict[str, str]:
@@ -326,12 +315,7 @@ def unbilled(
 
 def _unpriced_lines(result: CommitResult, row: Row) -> tuple[MeterLine, ...] | None:
     """What was sent on the meters that the answer shows without a price; None where the two do not fit together."""
-    assert row.body is not None
-    body = json.loads(row.body)
-    sent = [(str(line["meter_code"]), int(line["quantity_minor"])) for line in body.get("meters", ())]
-    asked = {code.lower(): MeterLine(code, quantity) for code, quantity in sent} or {
-        row.feature_code.lower(): MeterLine(row.feature_code, int(body["quantity_minor"]))
-    }
+    asked = {line.meter_code.lower(): line for line in lines_sent(row)}
     found = {line.meter_code.lower() for line in result.unpriced_lines}
     return tuple(asked[code] for code in sorted(found)) if found <= asked.keys() else None
 
@@ -474,6 +458,7 @@ def receipt_of(row: Row, state: ReceiptState, result: CommitResult | None, detai
         cached_tokens=tokens.cached_tokens if tokens else 0,
         output_tokens=tokens.output_tokens if tokens else 0,
         quantity=usage.total_tokens if usage else 0,
+        meters={line.meter_code: line.quantity for line in row.state.meters},
         usage_source=row.state.usage_source,
         model=row.model,
         response_id=row.response_id,

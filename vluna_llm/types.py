@@ -93,7 +93,8 @@ class Receipt:
 
     ``amount_xusd`` is the amount shown; ``charged_xusd`` what was really charged: the same when ``state`` is
     ``booked`` or ``rebooked``, and None where it is not known. Otherwise it is 0, or what was charged of a settlement
-    whose other lines had no price (``detail`` names the bookings).
+    whose other lines had no price (``detail`` names the bookings). ``meters`` is what was recorded on meters that the
+    caller named, ``quantity`` the total that counts against quotas.
     """
 
     operation_id: str
@@ -107,6 +108,7 @@ class Receipt:
     cached_tokens: int = 0
     output_tokens: int = 0
     quantity: int = 0
+    meters: Mapping[str, int] = field(default_factory=dict, hash=False)
     usage_source: UsageSource | None = None
     model: str | None = None
     response_id: str | None = None

@@ -86,8 +86,16 @@ class Host:
             if meter.meter_code and meter.pricing is not None
         }
 
-    def add(self, operation_id: str, *, job: bool = False, usage: TokenUsage = USAGE, **changes: Any) -> str:
-        state = OperationState().ungated().started().completed(usage, "provider")
+    def add(
+        self,
+        operation_id: str,
+        *,
+        job: bool = False,
+        usage: TokenUsage = USAGE,
+        meters: tuple[MeterLine, ...] = (),
+        **changes: Any,
+    ) -> str:
+        state = OperationState().ungated().started().completed(usage, "provider", meters=meters)
         row = Row(
             operation_id=operation_id,
             base_url=self.sandbox.base_url,
@@ -252,6 +260,53 @@ def test_lines_that_were_booked_as_0_wait_for_their_price_and_go_out_alone(
     assert receipt.commit_id == last.commit_id
     assert gate.booked("ann").entries[0].commit_id in (receipt.detail or "")
     assert a.row(key).state.rest == ()
+
+
+NAMED = tuple(MeterLine(meter, quantity) for meter, quantity in sorted(LINES.items()))
+
+
+@pytest.mark.parametrize("answer", ["read", "unreadable: the books tell", "lost with the process", "the books alone"])
+@pytest.mark.parametrize("total", [1, 30, 40, 70, 100, 140], ids=lambda total: f"total {total}")
+@pytest.mark.parametrize("missing", [(INPUT,), (CACHED,), (INPUT, OUTPUT), tuple(LINES)], ids=str)
+def test_of_meters_that_the_caller_named_what_was_booked_as_0_goes_out_alone(
+    gate: Sandbox, host: Callable[[str], Host], missing: Sequence[str], total: int, answer: str
+) -> None:
+    """Whatever the total beside them is, also where it happens to be what is left."""
+    a = host("a")
+    key = a.add("op-1", usage=TokenUsage(total), meters=NAMED, unsplit=True)
+    if "books" in answer:
+        gate.faults.add("garbage", "ingest", times=3, body="<html>ok</html>")
+    with lost_in_between(a, *missing):
+        if answer in ("lost with the process", "the books alone"):
+            with crash("delivery.answered"):
+                a.deliver(key)
+            a.die()
+        row = a.deliver(key, 3)
+    left = {meter: LINES[meter] for meter in missing}
+    assert (row.state.settlement, row.state.used_up) == ("pending", 1)
+    assert {line.meter_code: line.quantity for line in row.state.rest or row.state.meters} == left
+    assert len(ingests(gate)) == 1
+    gate.faults.clear()
+    price(gate, *missing)
+    assert a.deliver(key, 2).state.settlement == "booked"
+    assert charged(gate) == LINES
+    assert a.receipts[-1].charged_xusd == gate.booked("ann").charged_xusd == WHOLE
+    assert a.receipts[-1].meters == LINES
+
+
+def test_what_one_run_of_a_job_left_of_its_meters_is_sent_by_another_one(
+    gate: Sandbox, host: Callable[[str], Host]
+) -> None:
+    a, b = host("a"), host("b")
+    a.add("run-a", job=True, usage=TokenUsage(1), meters=NAMED, unsplit=True)
+    with lost_in_between(a, OUTPUT):
+        a.deliver("run-a")
+    b.add("run-b", job=True, usage=TokenUsage(2), meters=(MeterLine(INPUT, 5),), unsplit=True)
+    assert b.deliver("run-b").state.rest == LEFT
+    price(gate, OUTPUT)
+    assert b.deliver("run-b").state.settlement == "booked"
+    a.deliver("run-a", 2)
+    assert charged(gate) == LINES
 
 
 def test_a_price_may_be_lost_in_any_number_of_rounds(gate: Sandbox, host: Callable[[str], Host]) -> None:

@@ -23,6 +23,7 @@ from vluna_llm.lifecycle import ModelCall, Operation
 CALL = ModelCall("chat.completions", "openai", "gpt-4o-mini", {"messages": [], "max_tokens": 20})
 PRINCIPALS = ("ann", "bob")
 USED = {"ann": 120, "bob": 75}
+PAGES = {who: {"tools.ocr.pages": used // 3, "tools.ocr.seconds": used - used // 3} for who, used in USED.items()}
 NEVER = 30.0
 
 
@@ -60,6 +61,30 @@ def calls(log: Log, **context: Any) -> None:
         operation.finish(used(principal))
         log.note("known", principal, USED[principal])
     vluna.flush(NEVER)
+
+
+def pages(log: Log) -> None:
+    """Work on meters of its own; the total beside them is another number."""
+    vluna = Vluna()
+    for principal in PRINCIPALS:
+        log.note("calls", principal, USED[principal])
+        with call_context(principal_id=principal), vluna.operation(feature_code="tools.ocr") as op:
+            log.note("runs", principal, USED[principal])
+            op.record(quantity=1, meters=PAGES[principal])
+        log.note("known", principal, USED[principal])
+    vluna.flush(NEVER)
+
+
+def leave_pages(log: Log) -> None:
+    """A process that dies with such work undelivered."""
+    vluna = Vluna()
+    log.note("calls", "ann", USED["ann"])
+    with call_context(principal_id="ann"), vluna.operation(feature_code="tools.ocr") as op:
+        log.note("runs", "ann", USED["ann"])
+        op.record(quantity=1, meters=PAGES["ann"])
+        vluna._running().settler.stop(0.0)
+    log.note("known", "ann", USED["ann"])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def job(log: Log) -> None:

@@ -28,6 +28,7 @@ from vluna_llm.lifecycle import ModelCall, Operation
 from vluna_llm.outbox import Row, orders
 from vluna_llm.outbox.reading import journals_below, read_journal
 from vluna_llm.preparation import context_of
+from vluna_llm.usage.meters import MeterLine
 
 SECRET = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 PRINCIPALS = ("ann", "bob", "eve")
@@ -219,8 +220,18 @@ class World:
         call.group = operation._row.settle_key
         self.truths[call.group].calls.append(call)
 
-    def end(self, call: Call, ending: Ending, expected: int | None, crash_at: int | None = None) -> None:
-        """The answer ended; ``expected`` tokens are thereby known, or none (the call is given up)."""
+    def end(
+        self,
+        call: Call,
+        ending: Ending,
+        expected: int | None,
+        crash_at: int | None = None,
+        meters: tuple[MeterLine, ...] = (),
+    ) -> None:
+        """The answer ended; ``expected`` tokens are thereby known, or none (the call is given up).
+
+        With ``meters`` the caller records them instead, beside a total of 1 that nobody is to be charged for.
+        """
         operation, truth = call.operation, self.truths[call.group]
         assert operation is not None
         told_before = call.known is not None
@@ -230,7 +241,8 @@ class World:
             # From here on it may be charged, but nobody was promised anything yet.
             truth.unsure.append(expected)
             truth.cancelled |= expected == 0
-        alive, _ = call.process.act(lambda: operation.finish(ending), crash_at)
+        finish = (lambda: operation.record_quantity(1, meters)) if meters else (lambda: operation.finish(ending))
+        alive, _ = call.process.act(finish, crash_at)
         alive = alive and not call.process.dead
         if expected is None:
             call.ended = call.ended or alive

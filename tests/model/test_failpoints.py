@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from failpoint_child import PRINCIPALS, SCENARIOS, USED
+from failpoint_child import PAGES, PRINCIPALS, SCENARIOS, USED
 
 import vluna_llm.sandbox.ingest
 from vluna_llm.failpoints import NAMES
@@ -61,6 +61,7 @@ class Case:
 
 
 _LEFT = (("leave", None),)
+_LEFT_PAGES = (("leave_pages", None),)
 _RETRIEVED = Case("retrieved", after="retrieved")
 _REPAIR = Case("late", gate="forgets leases", nth=3)
 
@@ -69,7 +70,13 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     "admission.answered": (Case("calls"), Case("calls", nth=2)),
     "admission.ungated": (Case("calls", gate="does not authorize"),),
     "admission.denied": (Case("denied", gate="has no credit"),),
-    "operation.ended": (Case("calls"), Case("given_up"), Case("calls", gate="does not authorize")),
+    "operation.ended": (
+        Case("pages"),
+        Case("pages", shared=True),
+        Case("calls"),
+        Case("given_up"),
+        Case("calls", gate="does not authorize"),
+    ),
     "operation.parked": (Case("parked", after="retrieved"),),
     "delivery.leased": (Case("job", gate="authorizes late"),),
     "delivery.composed": (
@@ -79,6 +86,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
         Case("late", gate="forgets leases", nth=3),
     ),
     "delivery.stored": (
+        Case("pages"),
+        Case("pages", gate="does not authorize"),
         Case("calls"),
         Case("given_up"),
         _RETRIEVED,
@@ -87,6 +96,9 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     "delivery.answered": (
         Case("calls", gate="does not authorize, and a price is lost"),
         Case("calls", gate="does not authorize, and a price is lost", shared=True),
+        Case("pages", gate="does not authorize, and a price is lost"),
+        Case("pages", gate="does not authorize, and a price is lost", shared=True),
+        Case("pages", gate="books and does not answer"),
         Case("calls"),
         Case("given_up"),
         _RETRIEVED,
@@ -96,15 +108,16 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     "delivery.kept": (Case("calls", gate="does not commit"), Case("calls", gate="books and does not answer")),
     "delivery.repaired": (Case("late", gate="forgets leases"),),
     "delivery.rest": (
+        Case("pages", gate="does not authorize, and a price is lost"),
         Case("calls", gate="does not authorize, and a price is lost"),
         Case("calls", gate="does not authorize, and a price is lost", nth=2),
         Case("calls", gate="does not authorize, and a price is lost", shared=True),
     ),
     "delivery.finished": (Case("calls"), Case("given_up"), _RETRIEVED),
     "adoption.announced": (Case("run", before=_LEFT),),
-    "adoption.copied": (Case("run", before=_LEFT),),
-    "adoption.deleted": (Case("run", before=_LEFT),),
-    "adoption.cleared": (Case("run", before=_LEFT),),
+    "adoption.copied": (Case("run", before=_LEFT), Case("run", before=_LEFT_PAGES)),
+    "adoption.deleted": (Case("run", before=_LEFT), Case("run", before=_LEFT_PAGES)),
+    "adoption.cleared": (Case("run", before=_LEFT), Case("run", before=_LEFT_PAGES)),
     "adoption.resolved": (
         Case("run", before=(*_LEFT, ("run", "adoption.copied"))),
         Case("run", before=(*_LEFT, ("run", "adoption.deleted"))),
@@ -112,8 +125,8 @@ CASES: Mapping[str, tuple[Case, ...]] = {
     "adoption.emptied": (Case("run", before=_LEFT),),
     "adoption.removed": (Case("run", before=_LEFT),),
     "orders.carried_out": (Case("run", before=(("leave_refused", None),), gate="refuses commits", order="retry"),),
-    "sharing.marked": (Case("calls", shared=True),),
-    "sharing.offered": (Case("calls", shared=True),),
+    "sharing.marked": (Case("calls", shared=True), Case("pages", shared=True)),
+    "sharing.offered": (Case("calls", shared=True), Case("pages", shared=True)),
     "sharing.shared": (Case("calls", shared=True),),
     "sharing.settled": (Case("calls", shared=True),),
 }
@@ -151,11 +164,12 @@ def losing_a_price(gate: Sandbox, how: str) -> Iterator[None]:
         if key in known or key.rpartition(":")[2] != "ingest":
             return take(world, account, user, key, body)
         known.add(key)
-        gate.unprice(INPUT)
+        lost = INPUT if body.get("feature_code") == "openai.gpt-4o-mini" else "tools.ocr.pages"
+        gate.unprice(lost)
         try:
             return take(world, account, user, key, body)
         finally:
-            gate.price(INPUT, 3)
+            gate.price(lost, 3)
 
     with pytest.MonkeyPatch.context() as patched:
         if "a price is lost" in how:
@@ -265,6 +279,9 @@ def test_the_books_are_right_after_a_death(
         }
         if case.shared:
             environment["VLUNA_LLM_OUTBOX_SHARED"] = database()
+        gate.feature("tools.ocr", meters=tuple(PAGES["ann"]))
+        for meter in ("tools.ocr", *PAGES["ann"]):
+            gate.price(meter, 3)
         set_up(gate, case.gate)
         for scenario, failpoint in case.before:
             assert nursery.run(scenario, log, environment, failpoint) == -9
@@ -287,6 +304,8 @@ def test_the_books_are_right_after_a_death(
         cancelled = {request.principal_id for request in gate.requests[before:] if request.route == "cancel"}
         assert cancelled <= given_up, "recovery cancelled what its owner had not given up"
         check_bytes(gate)
+        if "pages" in (case.scenario, *(scenario.removeprefix("leave_") for scenario, _ in case.before)):
+            check_lines(gate)
         TABLE[name, index] = (on_disk, check_books(gate, outbox, log))
 
 
@@ -297,6 +316,15 @@ def check_bytes(gate: Sandbox) -> None:
         if request.route in ("commits", "ingest", "cancel") and ":background:" not in (request.idempotency_key or ""):
             bodies[request.route, request.idempotency_key].add(json.dumps(request.body))
     assert [key for key, found in bodies.items() if len(found) > 1] == []
+
+
+def check_lines(gate: Sandbox) -> None:
+    """Each meter was charged for what was recorded on it, whatever was booked as 0 on the way."""
+    for who in PRINCIPALS:
+        charged: Counter[str] = Counter()
+        for entry in gate.booked(who).applied:
+            charged.update({meter: n for meter, n in entry.lines.items() if meter not in entry.unpriced})
+        assert charged in (PAGES[who], Counter())
 
 
 def read_log(log: Path) -> list[tuple[str, str, int]]:

@@ -11,6 +11,7 @@ import pytest
 from model_world import World, complete
 
 from vluna_llm.ending import Ending
+from vluna_llm.usage.meters import MeterLine
 
 FEATURE = "openai.gpt-a"
 METERS = tuple(f"{FEATURE}.tokens.{part}" for part in ("input", "cached", "output"))
@@ -22,7 +23,7 @@ def story(world: World, kind: str, chance: random.Random) -> None:
     processes = [world.start() for _ in range(2)]
     for meter in (FEATURE, *METERS):
         gate.price(meter, 3)
-    if kind == "job":
+    if kind.endswith("job"):
         # The lease of all its runs is cancelled: their commits charge nothing, and are repaired by ingest.
         world.end(world.begin(processes[0], "ann", "gpt-a", 70, job="job-1", crash_at=None), Ending("closed"), None)
         processes[0].act(lambda: processes[0].deliver(3))
@@ -30,7 +31,7 @@ def story(world: World, kind: str, chance: random.Random) -> None:
         world.network.outage = "refused_connection"  # they run without a lease
     calls = []
     for number, process in enumerate(processes):
-        job = "job-1" if kind == "job" else None
+        job = "job-1" if kind.endswith("job") else None
         calls.append(world.begin(process, "ann", "gpt-a", 70 + number, job=job, crash_at=None))
     if kind == "background":
         world.park(calls[0])
@@ -38,7 +39,8 @@ def story(world: World, kind: str, chance: random.Random) -> None:
             world.retrieve(process, calls[0])
     else:
         for number, call in enumerate(calls):
-            world.end(call, complete(70 + number), 70 + number)
+            named = [MeterLine(METERS[0], 40), MeterLine(METERS[2], 30 + number)] if "named" in kind else []
+            world.end(call, complete(70 + number), 70 + number, meters=tuple(named))
     world.network.outage = None
 
     armed, before = [False], world.network.before
@@ -73,7 +75,7 @@ def story(world: World, kind: str, chance: random.Random) -> None:
     world.tell(SEEN)
 
 
-@pytest.mark.parametrize("kind", ["one", "job", "background"])
+@pytest.mark.parametrize("kind", ["one", "job", "background", "named", "named job"])
 def test_what_is_booked_as_0_on_the_way_is_charged_once_in_the_end(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "vluna_llm")
     SEEN.clear()

@@ -33,7 +33,7 @@ from vluna_llm import failpoints
 from vluna_llm.operation import OperationState
 from vluna_llm.outbox import Journal, Row, adoption, schema
 from vluna_llm.outbox.lock import FileLock
-from vluna_llm.usage import TokenUsage
+from vluna_llm.usage import MeterLine, TokenUsage
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
@@ -444,6 +444,19 @@ def test_a_row_that_is_known_here_already_is_not_taken_for_another(directory: Pa
     assert found["op-3"] == mine[3]
     assert usage.total_tokens == 15
     assert [*directory.glob("*.sqlite3")] == [heir.path]
+    heir.close()
+
+
+def test_usage_on_meters_that_meets_a_cancel_keeps_its_meters(directory: Path) -> None:
+    meters = (MeterLine("ocr.pages", 3), MeterLine("ocr.seconds", 4))
+    recorded = RUNNING.completed(TokenUsage(1), "caller", meters=meters)
+    cancelled = RUNNING.aborted().sent()
+    dead_journal(directory, *(row(key, state=recorded, unsplit=True) for key in ("op-1", "op-2")))
+    heir = Journal(directory)
+    heir.insert(row("op-2", state=cancelled, unsplit=True, body=b"cancel", path="/gate/leases/cancel"))
+    for found in (heir.adopt(GATE, REALM), heir.rows()):
+        assert {one.operation_id: one.state.route for one in found} == {"op-1": "commit", "op-2": "ingest"}
+        assert [one.state.meters for one in found] == [meters, meters]
     heir.close()
 
 

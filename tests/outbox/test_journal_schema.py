@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 from outbox_rows import DONE, GATE, REALM, row
 
+from vluna_llm.operation import Part
 from vluna_llm.outbox import Journal, schema
 from vluna_llm.outbox.reading import read_journal
 from vluna_llm.outbox.row import COLUMNS
+from vluna_llm.settlement import compose
+from vluna_llm.usage import MeterLine, TokenUsage
+from vluna_llm.usage.features import DEFAULT_NAMES
 
 VERSION_1 = """
 CREATE TABLE operations (operation_id TEXT PRIMARY KEY, base_url TEXT NOT NULL, realm_id TEXT NOT NULL,
@@ -42,7 +46,27 @@ CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE orders (id INTEGER PRIMARY KEY, operation_id TEXT, what TEXT, at REAL);
 """
 )
-OLD = {"1": VERSION_1, "2": VERSION_2, "3": VERSION_3}
+VERSION_4 = """
+CREATE TABLE operations (operation_id TEXT PRIMARY KEY, base_url TEXT NOT NULL, realm_id TEXT NOT NULL,
+    pid INTEGER NOT NULL, principal_id TEXT NOT NULL, user_id TEXT NOT NULL, feature_code TEXT NOT NULL,
+    created_at REAL NOT NULL, authorize_key TEXT NOT NULL, settle_key TEXT NOT NULL, admission TEXT NOT NULL,
+    work TEXT NOT NULL, settlement TEXT NOT NULL, route TEXT, dialect TEXT NOT NULL,
+    cancel_sent INTEGER NOT NULL DEFAULT 0, look_first INTEGER NOT NULL DEFAULT 0,
+    used_up INTEGER NOT NULL DEFAULT 0, usage TEXT, usage_source TEXT, next_step TEXT NOT NULL,
+    feature_family_code TEXT, budget_id TEXT, labels TEXT, model TEXT,
+    estimated_input INTEGER NOT NULL DEFAULT 0, estimated_output INTEGER NOT NULL DEFAULT 0,
+    lease_token TEXT, lease_id TEXT, response_id TEXT, request_id TEXT, trace_id TEXT, span_id TEXT,
+    trace_flags INTEGER, ended_at REAL, path TEXT, body BLOB, attempts INTEGER NOT NULL DEFAULT 0,
+    next_attempt_at REAL NOT NULL DEFAULT 0, last_error TEXT, receipt TEXT,
+    derived INTEGER NOT NULL DEFAULT 0, unsplit INTEGER NOT NULL DEFAULT 0, held INTEGER NOT NULL DEFAULT 0,
+    arrived_from TEXT, stage TEXT, rest TEXT, parts TEXT);
+CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE orders (id INTEGER PRIMARY KEY, operation_id TEXT, what TEXT, at REAL);
+CREATE INDEX orders_of_operations ON orders (operation_id);
+PRAGMA user_version = 4;
+"""
+"""As `sqlite_master` has it of a file of that version."""
+OLD = {"1": VERSION_1, "2": VERSION_2, "3": VERSION_3, "4": VERSION_4}
 
 FIRST = {
     "operation_id": "op-1",
@@ -81,7 +105,7 @@ EXPECTED = row(
 )
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 3, 4])
 def old_file(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A journal as that version wrote it, with a settlement on its way and a call that was in flight."""
     path = tmp_path / f"journal-17-{request.param}.sqlite3"
@@ -129,7 +153,8 @@ def test_migrating_only_adds(old_file: Path) -> None:
         assert COLUMNS.keys() <= new[0].keys()
         assert {(found["held"], found["arrived_from"], found["stage"]) for found in new} == {(0, None, None)}
         assert {(found["rest"], found["parts"]) for found in new} == {(None, None)}
-        assert schema.version_of(db) == 4
+        assert {found["meters"] for found in new} == {None}
+        assert schema.version_of(db) == 5
         tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         assert tables == {"operations", "about", "orders"}
     assert read_journal(old_file).rows[0] == EXPECTED
@@ -150,7 +175,35 @@ def test_a_migration_that_is_interrupted_has_not_begun(old_file: Path) -> None:
         assert not db.in_transaction
     with contextlib.closing(schema.connect_existing(old_file, 1.0)) as db:
         assert db.execute("PRAGMA user_version").fetchone()[0] == before
-        assert "rest" not in {found["name"] for found in db.execute("PRAGMA table_info(operations)")}
+        assert "meters" not in {found["name"] for found in db.execute("PRAGMA table_info(operations)")}
+
+
+PLAIN = {**FIRST, "settlement": "pending", "path": None, "body": None, "attempts": 0, "derived": 0, "unsplit": 1}
+PLAIN.update(operation_id="op-3", usage='{"input_tokens": 3}', usage_source="caller")
+PART = {**PLAIN, "operation_id": "op-4", "admission": "ungated", "route": "ingest", "used_up": 1}
+PART.update(unsplit=0, usage=FIRST["usage"], rest='{"m.out": 5}', parts='{"c-1": 40}')
+
+
+def test_what_version_4_left_unsettled_means_the_same_and_is_settled_the_same(tmp_path: Path) -> None:
+    """A plain quantity has no meters of its own, and what a partly charged ingest left is still that alone."""
+    path = tmp_path / "journal-17-4.sqlite3"
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.executescript(VERSION_4)
+        for values in (PLAIN, PART):
+            marks = ", ".join("?" * len(values))
+            db.execute(f"INSERT INTO operations ({', '.join(values)}) VALUES ({marks})", [*values.values()])
+    heir = Journal(tmp_path)
+    plain, part = heir.adopt(GATE, REALM)
+    assert [one.state.meters for one in (plain, part)] == [(), ()]
+    assert (plain.state.usage, plain.unsplit) == (TokenUsage(3), True)
+    assert (part.state.rest, part.state.parts) == ((MeterLine("m.out", 5),), (Part("c-1", 40),))
+    for one, expected in ((plain, {"quantity_minor": "3"}), (part, {"quantity_minor": "5"})):
+        body = json.loads(compose(one, mode="auto", names=DEFAULT_NAMES, priced=None).body)
+        assert {"quantity_minor": body["quantity_minor"]} == expected
+        assert body.get("meters", []) == [
+            {"meter_code": line.meter_code, "quantity_minor": str(line.quantity)} for line in one.state.rest or ()
+        ]
+    heir.close()
 
 
 def test_a_new_journal_has_the_tables_and_columns_that_others_count_on(tmp_path: Path) -> None:
@@ -164,6 +217,7 @@ def test_a_new_journal_has_the_tables_and_columns_that_others_count_on(tmp_path:
         assert columns["held"] == ("INTEGER", 1, "0")
         assert columns["arrived_from"] == ("TEXT", 0, None)
         assert columns["stage"] == ("TEXT", 0, None)
+        assert columns["meters"] == ("TEXT", 0, None)
         assert [name for _, name, *_ in db.execute("PRAGMA table_info(about)")] == ["key", "value"]
         assert [name for _, name, *_ in db.execute("PRAGMA table_info(orders)")] == ["id", "operation_id", "what", "at"]
     journal.close()

@@ -1,7 +1,8 @@
 """A host in a process of its own: its own outbox directory and home, told over its standard input what to do.
 
 Commands are JSON objects, a line each, answered by a line each: ``{"do": "work", "customers": [...], "each": 3}``,
-``{"do": "flush", "seconds": 10}``, ``counts``, ``stages``, ``fork``, ``close``.
+``{"do": "record", "customers": [...], "meters": {...}}``, ``{"do": "flush", "seconds": 10}``, ``counts``, ``stages``,
+``fork``, ``close``.
 """
 
 from __future__ import annotations
@@ -140,6 +141,12 @@ def main() -> None:
         operation.finish(Ending("complete", usage=TokenUsage(10, TOKENS - 10), finished=True))
         return operation.operation_id, time.perf_counter() - began
 
+    def record(customer: str, meters: dict[str, int]) -> str:
+        """Work on meters of its own."""
+        with call_context(principal_id=customer), vluna.operation(feature_code="tools.ocr") as op:
+            op.record(meters=meters)
+        return op.operation_id
+
     def fork() -> int:
         child = os.fork()
         if child:
@@ -164,6 +171,8 @@ def main() -> None:
         elif do == "work":
             ids, took = zip(*(work(customer) for customer in order["customers"] * order.get("each", 1)), strict=True)
             answer({"ids": ids, "median": statistics.median(took), "slowest": max(took)})
+        elif do == "record":
+            answer([record(customer, order["meters"]) for customer in order["customers"]])
         elif do == "fork":
             answer(fork())
         elif do == "flush":

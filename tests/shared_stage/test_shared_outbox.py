@@ -439,22 +439,27 @@ def test_ten_processes_start_at_once_on_an_empty_database(database: str, psql: A
 def test_a_database_of_an_older_version_gets_the_new_columns(make: Make, psql: Any) -> None:
     make().offer([row()], "host-a")
     psql.execute("ALTER TABLE vluna_llm_operations DROP COLUMN held, DROP COLUMN unsplit")
-    psql.execute("ALTER TABLE vluna_llm_operations DROP COLUMN rest, DROP COLUMN parts")
+    psql.execute("ALTER TABLE vluna_llm_operations DROP COLUMN rest, DROP COLUMN parts, DROP COLUMN meters")
     psql.execute("UPDATE vluna_llm_schema SET version = 0")
     assert make().get("op-1") == row()
 
 
-def test_a_host_of_the_first_version_sends_what_is_left_as_it_was_composed(
+def test_a_host_of_the_first_version_that_is_connected_sends_what_is_left_as_it_was_composed(
     make: Make, psql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not shut out, does not know the columns, leaves them as they are, and finds the bytes."""
+    """It does not know the columns, leaves them as they are, and finds the bytes. It may not connect again."""
     ungated = OperationState().ungated().started().completed(TokenUsage(10, 5), "provider").sent()
     left = row(state=ungated.partly_booked((MeterLine("m", 5),), (Part("c-1", 40),)), body=b"rest", path="/gate/ingest")
+    old = make()
+    old.ready()
     make().offer([left], "host-a")
     (readable_from,) = psql.execute("SELECT max(readable_from) FROM vluna_llm_schema").fetchone()
-    assert readable_from == 1
+    assert readable_from == 2
     monkeypatch.setattr("vluna_llm.outbox.postgres_sql.SCHEMA_VERSION", 1)
-    old = make()
+    with pytest.raises(SharedAway, match="schema 2"):
+        make().totals()
+    monkeypatch.setattr("vluna_llm.outbox.postgres_sql.SCHEMA_VERSION", 2)
+    assert make().get("op-1") is not None
     (claim,) = old.claim("old", 8, TTL)
     (found,) = old.rows_of([claim], 5)
     as_old = found.evolve(state=dataclasses.replace(found.state, rest=None, parts=()))

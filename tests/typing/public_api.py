@@ -103,6 +103,9 @@ async def in_a_coroutine() -> None:
 with vluna.operation(feature_code="tools.search", estimate=1) as work:
     work.record(quantity=1)
     work.record(TokenUsage(input_tokens=1, output_tokens=2))
+    work.record(meters={"tools.search.queries": 1, "tools.search.results": 20})
+    work.record(quantity=1, meters={"tools.search.queries": 1})
+    work.record(meters={"tools.search.queries": 1.5})  # type: ignore[dict-item]
     assert_type(work.wait(1), Receipt | None)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigurationError
-from ..outbox.row import unbilled
+from ..outbox.row import unbilled, unbilled_lines
 from ..outbox.waiting import since
 from .selection import Entry
 
@@ -26,7 +26,8 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 def record(entry: Entry) -> dict[str, Any]:
     """One operation: who, what, when, how much, and why it waits. Times are UTC, amounts XUSD, the rest tokens.
 
-    ``charged_by`` are the bookings that charged a part of it; ``unbilled`` is what is left.
+    ``charged_by`` are the bookings that charged a part of it; ``unbilled`` is what is left. ``meters`` is what was
+    recorded on meters that the caller named, in their units.
     """
     row, usage = entry.row, entry.row.state.usage
     receipt = _receipt(row.receipt)
@@ -43,7 +44,7 @@ def record(entry: Entry) -> dict[str, Any]:
         "cached_tokens": None if usage is None else usage.cached_tokens,
         "output_tokens": None if usage is None else usage.output_tokens,
         "unbilled": unbilled(row),
-        "unbilled_lines": {line.meter_code: line.quantity for line in row.state.rest or ()},
+        "unbilled_lines": {line.meter_code: line.quantity for line in unbilled_lines(row)},
         "charged_xusd": sum(part.charged_xusd for part in row.state.parts),
         "charged_by": {part.commit_id: part.charged_xusd for part in row.state.parts},
         "usage_source": row.state.usage_source,
@@ -60,6 +61,7 @@ def record(entry: Entry) -> dict[str, Any]:
         "base_url": row.base_url,
         "realm_id": row.realm_id,
         "where": entry.where,
+        "meters": {line.meter_code: line.quantity for line in row.state.meters},
     }
 
 
@@ -152,4 +154,5 @@ _NAMES = (
     "base_url",
     "realm_id",
     "where",
+    "meters",
 )

@@ -71,6 +71,7 @@ def as_json(entry: Entry, now: float) -> dict[str, Any]:
         "feature_code": row.feature_code,
         "model": row.model,
         "usage": None if usage is None else dict(usage.counts()),
+        "meters": {line.meter_code: line.quantity for line in row.state.meters},
         "unbilled": unbilled(row),
         "charged_xusd": sum(part.charged_xusd for part in row.state.parts),
         "usage_source": row.state.usage_source,

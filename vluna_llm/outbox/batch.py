@@ -69,7 +69,9 @@ class Batch:
         if mine.state.usage is not None or theirs.state.usage is None or theirs.state.usage_source is None:
             del self.rows[theirs.operation_id]
             return False
-        after_cancel = mine.state.completed(theirs.state.usage, theirs.state.usage_source, shared_lease=mine.derived)
+        after_cancel = mine.state.completed(
+            theirs.state.usage, theirs.state.usage_source, shared_lease=mine.derived, meters=theirs.state.meters
+        )
         if mine.state.cancel_sent and after_cancel is not mine.state:
             merged = theirs.evolve(state=after_cancel, path=None, body=None, attempts=0, next_attempt_at=0.0)
             self.rows[theirs.operation_id] = merged

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from .row import COLUMNS
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised with every column or table that is added."""
-READABLE_FROM = 1
+READABLE_FROM = 2
 """The oldest version of this package that may work with what this one writes.
 
-Version 1 knows nothing of what is left of a partly charged ingest (``rest``). It does no harm: such a row always holds
-the bytes of what is left, and that version sends stored bytes as they are.
+Version 2 knows nothing of meters that a caller named (``meters``). It does no harm: such a row is handed over with its
+bytes and with its lines as what is left of it (`vluna_llm.sharing.handing`), and that is what this version sends.
+Version 1 knows nothing of what is left (``rest``) either, and when it repaired such a row it would charge the total by
+the primary meter. So it may not connect any more; one that is connected still sends stored bytes as they are.
 """
 
 LOCAL = ("arrived_from", "stage")

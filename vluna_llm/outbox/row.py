@@ -157,6 +157,7 @@ COLUMNS: Mapping[str, str] = {
     "stage": "TEXT",
     "rest": "TEXT",
     "parts": "TEXT",
+    "meters": "TEXT",
 }
 """The columns of the table ``operations``. New ones are added at the end, each with what older rows have in it."""
 
@@ -184,7 +185,7 @@ def next_step(row: Row) -> str:
             return "on its way to the shared outbox; whether it is there is not known yet"
         if state.look_first:
             return "the gate's own books are looked at before it is sent"
-        if state.rest:
+        if state.rest and state.used_up:
             return f"tokens that were booked as 0 wait for their price and are sent again: {named(state.rest)}"
         if row.held:
             return "kept and tried slowly: look at last_error"
@@ -192,11 +193,19 @@ def next_step(row: Row) -> str:
 
 
 def unbilled(row: Row) -> int | None:
-    """The tokens of a row that nobody was charged for yet, be it that they never will be; None where not known."""
+    """The tokens of a row that nobody was charged for yet, be it that they never will be; None where not known.
+
+    On meters that the caller named, their units.
+    """
     state = row.state
-    if state.rest is not None:
-        return sum(line.quantity for line in state.rest)
+    if state.rest is not None or state.meters:
+        return sum(line.quantity for line in unbilled_lines(row))
     return None if state.usage is None else state.usage.total_tokens
+
+
+def unbilled_lines(row: Row) -> tuple[MeterLine, ...]:
+    """The same by meter, where that is fixed; empty where the split is made when it is sent."""
+    return row.state.meters if row.state.rest is None else row.state.rest
 
 
 def named(lines: Iterable[MeterLine]) -> str:
@@ -249,8 +258,10 @@ def _state_values(state: OperationState) -> dict[str, Any]:
             stored["audio_seconds"] = usage.audio_seconds
         found["usage"] = json.dumps(stored)
         found["usage_source"] = state.usage_source
+        if state.meters:
+            found["meters"] = _stored_lines(state.meters)
     if state.rest is not None:
-        found["rest"] = json.dumps({line.meter_code: line.quantity for line in state.rest})
+        found["rest"] = _stored_lines(state.rest)
         found["parts"] = json.dumps({part.commit_id: part.charged_xusd for part in state.parts})
     return found
 
@@ -302,11 +313,16 @@ def from_values(values: Mapping[str, Any]) -> Row:
         used_up=values["used_up"] if "used_up" in there else 0,
         rest=_lines(values["rest"]) if "rest" in there and values["rest"] is not None else None,
         parts=_parts(values["parts"]) if "parts" in there and values["parts"] is not None else (),
+        meters=_lines(values["meters"]) if "meters" in there and values["meters"] is not None else (),
     )
     plain = {name: values[name] for name in _PLAIN if name in there}
     labels = json.loads(values["labels"]) if values["labels"] else None
     derived, unsplit, held = (name in there and bool(values[name]) for name in _FLAGS)
     return Row(**plain, state=state, labels=labels, derived=derived, unsplit=unsplit, held=held)
+
+
+def _stored_lines(lines: Iterable[MeterLine]) -> str:
+    return json.dumps({line.meter_code: line.quantity for line in lines})
 
 
 def _lines(stored: str) -> tuple[MeterLine, ...]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ..operation import Settlement
 from .row import COLUMNS, Stage
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 MARK = "journal-*.sqlite3"
 """How the journal files of a directory are named."""

@@ -7,9 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import ConfigurationError
 from ..failpoints import hit
 from ..ledger import Ledger
 from ..outbox import Row
+from ..usage.meters import MetersMode
+from .handing import handed, stays
 from .rows import UNDELIVERED, StagedRows, with_stage
 from .workers import Workers
 
@@ -30,6 +33,7 @@ class Copying:
         guard: the lock of the shared stage.
         origin: who offers the rows, for a person who reads the table.
         copied: told of each row that PostgreSQL has; called with the lock held.
+        meters: the setting ``VLUNA_LLM_METERS``.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class Copying:
         guard: threading.RLock,
         origin: str,
         copied: Callable[[str], None],
+        meters: MetersMode = "auto",
     ) -> None:
         self._shared = shared
         self._ledger = ledger
@@ -47,6 +52,7 @@ class Copying:
         self._guard = guard
         self._origin = origin
         self._copied = copied
+        self._meters = meters
         self._new: deque[str] = deque()  # never offered
         self._unsure: deque[str] = deque()  # offered, perhaps
         self._in_batch = 0  # taken from these two, and being copied at this moment
@@ -170,14 +176,22 @@ class Copying:
         """The row, marked as being copied; None where it is not to be, or is being delivered from here."""
 
         def mark(now: Row) -> Row:
-            ours = now.stage is None and now.arrived_from is None and now.state.route != "cancel"
+            ours = now.stage is None and now.arrived_from is None and not stays(now)
             ours = ours and operation_id not in self._unstorable
-            return now.evolve(stage="sharing") if ours and now.state.settlement in UNDELIVERED else now
+            if not ours or now.state.settlement not in UNDELIVERED:
+                return now
+            return handed(now, self._meters).evolve(stage="sharing")
 
         before = self._ledger.known(operation_id)
         if before is None:
             self._unread = True  # settled and pruned since, or it cannot be read now: then it is looked for again
-        row = None if before is None else self._ledger.apply(operation_id, mark)
+        try:
+            row = None if before is None else self._ledger.apply(operation_id, mark)
+        except ConfigurationError:
+            assert before is not None
+            self._unstorable.add(operation_id)
+            workers.deliver_here([before])  # where it is found out, too, and kept for a person
+            return None
         if row is None or row.stage != "sharing" or row.state.settlement not in UNDELIVERED:
             return None
         if before is not None and before.stage is None:

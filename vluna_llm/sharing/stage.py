@@ -18,10 +18,12 @@ from ..outbox import Row
 from ..reporting import attributes_of, span_of
 from ..telemetry import Telemetry
 from ..types import Receipt
+from ..usage.meters import MetersMode
 from .claiming import Claiming
 from .claims import ClaimedStore, Claims
 from .copying import Copying
 from .following import Following
+from .handing import stays
 from .rows import UNDELIVERED, StagedRows
 from .workers import Workers
 
@@ -46,6 +48,7 @@ class Sharing:
         telemetry: where an outage and a lost claim are told.
         ttl: seconds for which a lane is claimed; `TTL` where not given.
         margin: seconds that a claim must still be good for when a delivery begins; more than one exchange takes.
+        meters: the setting ``VLUNA_LLM_METERS``.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Sharing:
         *,
         ttl: float | None = None,
         margin: float = 6.0,
+        meters: MetersMode = "auto",
     ) -> None:
         ttl = TTL if ttl is None else ttl
         self._shared = shared
@@ -74,7 +78,7 @@ class Sharing:
         staged = StagedRows(ledger, telemetry)
         self.claims = Claims(shared, min(margin, ttl / 3), settled=self._settled_here, lost=self._claim_lost)
         self._claiming = Claiming(shared, self.claims, self.owner, ttl)
-        self._copying = Copying(shared, ledger, staged, self._guard, self.owner, self._copied)
+        self._copying = Copying(shared, ledger, staged, self._guard, self.owner, self._copied, meters)
         self._following = Following(shared, ledger, staged, self._guard, self._copying.add_unsure, self._told)
         self._tidy_at = time.monotonic() + random.uniform(0.1, 1.0) * _TIDY_EVERY
         self._follow_at = 0.0
@@ -102,7 +106,7 @@ class Sharing:
                 self._away_since is not None
                 or self._cannot_run
                 or self._stopping
-                or row.state.route == "cancel"  # no money in it
+                or stays(row)
                 or not self._ledger.is_stored(row.operation_id)
             ):
                 return False

@@ -280,7 +280,9 @@ def test_work_that_happened_before_the_gate_changed_its_mind_is_kept_and_goes_ou
 
 def test_work_on_a_budget_that_was_closed_is_kept_and_can_be_repaired_by_ingest(vluna: Vluna, gate: Sandbox) -> None:
     budget = gate.budget("ann", 10_000_000)
-    begin(vluna, "bob").finish(USED)  # something that the gate can show
+    shown = begin(vluna, "bob")  # something that the gate can show
+    shown.finish(USED)
+    assert receipt_of(shown).state == "booked"
     operation = begin(vluna, budget_id=budget)
     gate.close_budget(budget)
     operation.finish(USED)

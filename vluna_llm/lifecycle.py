@@ -20,7 +20,7 @@ from .ledger import Watch, ended
 from .outbox import Row
 from .reporting import attributes_of, span_of
 from .settlement import receipt_of, withdrawn
-from .types import Lease, Receipt
+from .types import Lease, Receipt, UsageSource
 from .usage.meters import MeterLine
 from .usage.types import TokenUsage
 
@@ -135,9 +135,11 @@ class Operation:
         """The caller says what was used."""
         self._settle(lambda: Verdict("completed", usage, "caller"))
 
-    def record_quantity(self, quantity: int, meters: tuple[MeterLine, ...] = ()) -> None:
+    def record_quantity(
+        self, quantity: int, meters: tuple[MeterLine, ...] = (), source: UsageSource = "caller"
+    ) -> None:
         """The caller says how much was used, in the feature's own unit: priced as a whole, or by these ``meters``."""
-        self._settle(lambda: Verdict("completed", TokenUsage(input_tokens=quantity), "caller", meters=meters))
+        self._settle(lambda: Verdict("completed", TokenUsage(input_tokens=quantity), source, meters=meters))
 
     def fail(self, error: BaseException | None = None) -> None:
         """No answer came: the provider refused, the connection failed, or the call was cancelled before."""
@@ -287,7 +289,7 @@ class Operation:
                     "gen_ai.usage.output_tokens": verdict.usage.output_tokens,
                 },
                 span=span_of(row),
-                message="the answer brought no usage; an estimate is billed, labelled usage_source=estimated",
+                message="it is not known how much was used; an estimate is billed, labelled usage_source=estimated",
             )
         elif verdict.usage is not None and verdict.usage.costs_without_tokens:
             runtime.telemetry.emit(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from .context import CallContext, current_context, within
 from .identity import validate_code
 from .lifecycle import Operation
-from .types import Lease, Receipt
+from .types import Lease, Receipt, UsageSource
 from .usage.meters import MeterLine
 from .usage.types import TokenUsage
 
@@ -39,6 +39,7 @@ class RecordedOperation:
         self._operation = operation
         self.parent_operation_id = current_context().parent_operation_id
         self._recorded: TokenUsage | tuple[int, tuple[MeterLine, ...]] | None = None
+        self._source: UsageSource = "caller"
         self.operation_id = operation.operation_id if operation else ""
         self.lease: Lease | None = operation.lease if operation else None
 
@@ -67,6 +68,7 @@ class RecordedOperation:
         """
         if (usage is None) == (quantity is None and meters is None):
             raise ValueError("record takes a TokenUsage, or quantity=... and meters=... (one of them or both)")
+        self._source = "caller"
         if quantity is not None:
             _whole(quantity, "quantity")
         if usage is not None:
@@ -78,6 +80,11 @@ class RecordedOperation:
             total = sum(line.quantity for line in lines)
             # The gate takes no commit of 0, and a total without lines would be charged by the primary meter.
             self._recorded = (total if quantity is None or not lines else max(quantity, 1), lines)
+
+    def record_estimate(self, quantity: int) -> None:
+        """So much was used, as far as anybody knows: booked as `record` does, and labelled as an estimate."""
+        self.record(quantity=quantity)
+        self._source = "estimated"
 
     def wait(self, timeout: float | None = None) -> Receipt | None:
         """Wait at most ``timeout`` seconds for the receipt, after the ``with`` was left; None where it did not come."""
@@ -97,7 +104,7 @@ class RecordedOperation:
         if isinstance(self._recorded, TokenUsage):
             self._operation.record(self._recorded)
         elif self._recorded is not None:
-            self._operation.record_quantity(*self._recorded)
+            self._operation.record_quantity(*self._recorded, source=self._source)
         else:
             if error is None:
                 vluna.tell_nothing_recorded(self._operation.operation_id)

@@ -12,6 +12,7 @@ from scripted_chat import Step, turns
 
 from vluna_llm import Vluna, call_context
 from vluna_llm.errors import ConfigurationError, GateDenied
+from vluna_llm.integrations.pydantic_ai import BillableTool
 
 fallbacks = pytest.importorskip("pydantic_ai.models.fallback")
 capabilities = pytest.importorskip("pydantic_ai.capabilities")
@@ -211,10 +212,10 @@ def test_a_job_that_runs_again_is_charged_once(bench: Bench) -> None:
 # -- tools and nested agents -------------------------------------------------------------------------------------------
 
 
-def sold(bench: Bench, work: Any, **options: Any) -> Any:
+def sold(bench: Bench, work: Any, price: Any = "tools.weather", **options: Any) -> Any:
     """An agent whose tool `weather` has a price of its own."""
     bench.provider.script = TWO_TURNS
-    capability = bench.capability(tools={"weather": "tools.weather"})
+    capability = bench.capability(tools={"weather": price})
     agent = pydantic_ai.Agent(bench.model(), deps_type=str, capabilities=[capability], **options)
     agent.tool_plain(work, name="weather")
     return agent
@@ -224,6 +225,13 @@ def test_a_tool_that_is_sold(bench: Bench) -> None:
     """One operation for each execution, for the run's customer."""
     bench.run(lambda: sold(bench, lambda: "sun").run("hi", deps=bench.customer))
     assert sorted(bench.books()) == [("openai.gpt-4o", 120), ("openai.gpt-4o", 120), ("tools.weather", 1)]
+
+
+def test_a_sold_tool_whose_result_says_how_much_it_was(bench: Bench) -> None:
+    """As in the other frameworks."""
+    billable = BillableTool("tools.weather", estimate=9, quantity=len)
+    bench.run(lambda: sold(bench, lambda: "sunny", billable).run("hi", deps=bench.customer))
+    assert sorted(bench.books()) == [("openai.gpt-4o", 120), ("openai.gpt-4o", 120), ("tools.weather", 5)]
 
 
 def test_a_sold_tool_that_fails(bench: Bench) -> None:

@@ -22,6 +22,7 @@ from ..errors import ConfigurationError, VlunaError
 from ..manual import OperationContext
 from ..scoped import unset
 from ._agents_payer import Identity, inheriting, run_of
+from ._billable import BillableTool
 from ._looking_like import looking_like
 
 if TYPE_CHECKING:
@@ -33,20 +34,9 @@ Invoke = Callable[[Any, str], Awaitable[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What is sold with each use of a tool.
+    """What is sold with each use of a tool; by `Vluna.default()` where no ``vluna`` is given."""
 
-    Attributes:
-        feature_code: what the gate is asked for.
-        estimate: about how much one use takes, in the feature's unit.
-        quantity: how much it took, by what the tool returned; the estimate where not given.
-        feature_family_code: its family.
-        vluna: the metering; `Vluna.default()` where not given.
-    """
-
-    feature_code: str
-    estimate: int
-    quantity: Callable[[Any], int] | None = None
-    feature_family_code: str | None = None
+    sold: BillableTool
     vluna: Vluna | None = None
 
     def operation(self) -> OperationContext:
@@ -56,9 +46,7 @@ class Price:
             from ..vluna import Vluna
 
             vluna = Vluna.default()
-        return vluna.operation(
-            feature_code=self.feature_code, estimate=self.estimate, feature_family_code=self.feature_family_code
-        )
+        return self.sold.operation(vluna)
 
 
 @dataclass(slots=True)
@@ -117,7 +105,7 @@ async def _used(invoke: Invoke, context: Any, arguments: str, price: Price | Non
                 async with price.operation() as operation:
                     result = await invoke(context, arguments)
                     if not use.errors:
-                        operation.record(quantity=price.quantity(result) if price.quantity else price.estimate)
+                        price.sold.used(operation, result)
                     use.raise_refusal()
     except VlunaError as error:
         passing(error)

@@ -155,7 +155,10 @@ class Use:
             return await run(args=args, tool_context=context)
         async with self.sold.operation(self.vluna) as op:
             result = await run(args=args, tool_context=context)
-            op.record(quantity=0 if _undone(self.tool, context, result) else self.sold.quantity(result))
+            if _undone(self.tool, context, result):
+                op.record(quantity=0)
+            else:
+                self.sold.used(op, result)
             return result
 
 

@@ -17,6 +17,7 @@ from ._langchain_model import meter
 from ._langchain_run import paid_by, payer_of, run_of_config
 
 if TYPE_CHECKING:
+    from ..manual import RecordedOperation
     from ..vluna import Vluna
 
 
@@ -63,7 +64,7 @@ class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
                 return handler(request)
             with tool.operation(self.vluna) as op:
                 result = handler(request)
-                op.record(quantity=_quantity(tool, result))
+                _used(tool, op, result)
                 return result
 
     async def awrap_tool_call(self, request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -74,7 +75,7 @@ class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
                 return await handler(request)
             async with tool.operation(self.vluna) as op:
                 result = await handler(request)
-                op.record(quantity=_quantity(tool, result))
+                _used(tool, op, result)
                 return result
 
     def _metered(self, request: Any) -> Any:
@@ -88,5 +89,8 @@ class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
             yield
 
 
-def _quantity(tool: BillableTool, result: Any) -> int:
-    return 0 if getattr(result, "status", None) == "error" else tool.quantity(result)
+def _used(tool: BillableTool, op: RecordedOperation, result: Any) -> None:
+    if getattr(result, "status", None) == "error":
+        op.record(quantity=0)
+    else:
+        tool.used(op, result)

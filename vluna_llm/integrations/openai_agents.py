@@ -20,7 +20,7 @@ works on when its consumer leaves, so that is charged, too; ``result.cancel()`` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..context import make_context
@@ -40,6 +40,7 @@ except ImportError as error:
 from ._agents_model import VlunaModel
 from ._agents_payer import Identity, fill_in, lay_down
 from ._agents_tools import Price, twin_of
+from ._billable import BillableTool
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -112,7 +113,7 @@ def gated_tool(
     *,
     feature_code: str,
     estimate: int = 1,
-    quantity: Callable[[Any], int] | None = None,
+    quantity: Callable[[Any], int | Mapping[str, int]] | None = None,
     feature_family_code: str | None = None,
     vluna: Vluna | None = None,
 ) -> Callable[[FunctionTool | Callable[..., Any]], FunctionTool]:
@@ -129,7 +130,8 @@ def gated_tool(
     Args:
         feature_code: what is sold.
         estimate: about how much one use takes, in the feature's unit; charged where ``quantity`` is not given.
-        quantity: how much it took, by what the tool returned.
+        quantity: how much it took, by what the tool returned; or how much on each meter, by the meter's code. Where it
+            fails, that is told and the estimate is charged, labelled.
         feature_family_code: the feature's family.
         vluna: the metering; `Vluna.default()` where not given, looked up at the first use.
 
@@ -137,7 +139,7 @@ def gated_tool(
         ConfigurationError: a code has characters that the gate refuses, or the tool runs at the provider.
     """
     make_context(feature_code=feature_code, feature_family_code=feature_family_code)
-    price = Price(feature_code, estimate, quantity, feature_family_code, vluna)
+    price = Price(BillableTool(feature_code, estimate, quantity, feature_family_code), vluna)
 
     def gate(tool: FunctionTool | Callable[..., Any]) -> FunctionTool:
         plain = callable(tool) and not isinstance(tool, FunctionTool)

@@ -34,13 +34,14 @@ except ImportError as error:
 
 from ..context import CallContext, call_context, current_context, telling, within
 from ..errors import ConfigurationError, VlunaError
+from ._billable import BillableTool, billable
 from ._pydantic_ai_call import Refusals
 from ._pydantic_ai_model import VlunaModel
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
 
-__all__ = ["VlunaCapability", "VlunaModel"]
+__all__ = ["BillableTool", "VlunaCapability", "VlunaModel"]
 
 Named = Mapping[str, Any] | None
 Identity = Callable[[Any], "Named | Awaitable[Named]"]
@@ -58,8 +59,8 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
         identity: given the run's context, names who pays by the arguments of `call_context`, e.g.
             ``lambda ctx: {"principal_id": ctx.deps.customer_id}``; may be a coroutine function. None, or none given:
             whoever pays for the surrounding work.
-        tools: tools that are sold by themselves: name to feature code. Each execution is an operation, charged with
-            quantity 1 when the tool returns, and with nothing when it raises.
+        tools: tools that are sold by themselves: name to feature code or `BillableTool`. Each execution is an
+            operation, charged when the tool returns, and with nothing when it raises.
         id: as any capability has it.
 
     Raises:
@@ -71,7 +72,7 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
         vluna: Vluna | None = None,
         *,
         identity: Identity | None = None,
-        tools: Mapping[str, str] | None = None,
+        tools: Mapping[str, str | BillableTool] | None = None,
         id: str | None = None,
     ) -> None:
         if vluna is None:
@@ -81,11 +82,9 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
         self.id = id
         self.vluna = vluna
         self.identity = identity
-        self.tools = dict(tools or {})
+        self.tools = billable(tools, vluna)
         self._bound: CallContext | None = None
         self._refusals = Refusals()
-        for feature_code in self.tools.values():
-            vluna.operation(feature_code=feature_code)
 
     def get_ordering(self) -> CapabilityOrdering:
         """Around other capabilities: what they fall back to and wrap is seen whole."""
@@ -120,12 +119,12 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
             VlunaError: the gate refused the tool; it was not run.
         """
         with self._paying(), within(telling(tool=call.tool_name)):
-            feature_code = self.tools.get(call.tool_name)
-            if feature_code is None:
+            sold = self.tools.get(call.tool_name)
+            if sold is None:
                 return await handler(args)
-            async with self.vluna.operation(feature_code=feature_code, estimate=1) as op:
+            async with sold.operation(self.vluna) as op:
                 result = await handler(args)
-                op.record(quantity=1)
+                sold.used(op, result)
                 return result
 
     async def wrap_output_validate(self, ctx: Any, *, output_context: Any, output: Any, handler: Any) -> Any:

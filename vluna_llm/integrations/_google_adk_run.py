@@ -17,7 +17,7 @@ from ..context import CallContext, telling
 from ..errors import ConfigurationError, VlunaError
 from ._billable import BillableTool
 from ._looking_like import looking_like
-from ._payer import named
+from ._payer import named, tell_nobody
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -65,12 +65,7 @@ async def payer_of(identity: Identity | None, context: Any, vluna: Vluna) -> Pay
     except Exception as error:
         if vluna.mode == "enforce":
             return Payer(CallContext(), error)
-        vluna.telemetry.emit(
-            "vluna.endpoint.unmetered",
-            "error",
-            {"error.type": type(error).__name__},
-            message="identity= named nobody who could be billed: whoever pays for the work around the run does",
-        )
+        tell_nobody(vluna, error)
         return Payer(run)
 
 

@@ -248,7 +248,8 @@ def test_an_identity_that_names_nobody_refuses_nothing_unless_in_enforce(
     """Not for a model, and not in a tool: in ``observe`` the surrounding customer pays, and ``off`` asks nobody."""
     bench.vluna.mode = mode
     search = surface_refusals(look_up)
-    sold = gated_tool(feature_code="tools.search", vluna=bench.vluna)(agents.function_tool(name_override="sold")(lambda word: word))
+    sold = agents.function_tool(name_override="sold")(lambda word: word)
+    sold = gated_tool(feature_code="tools.search", vluna=bench.vluna)(sold)
     bench.upstream.says(call("look_up"), call("sold", word="sea"))
 
     async def work() -> None:

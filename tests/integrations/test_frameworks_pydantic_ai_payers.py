@@ -127,11 +127,19 @@ def test_an_identity_that_cannot_be_billed(bench: Bench) -> None:
 
 
 def test_observe_goes_on_for_whoever_pays_around(bench: Bench) -> None:
-    """An identity that cannot be billed refuses nothing then."""
+    """An identity that cannot be billed, or that raises, refuses nothing then."""
+
+    def lost(ctx: Any) -> dict[str, Any]:
+        raise LookupError("no such customer")
+
+    async def program() -> None:
+        for identity in (lambda ctx: {"principal_id": " blank "}, lost):
+            agent = pydantic_ai.Agent(bench.model(), capabilities=[bench.capability(identity=identity)])
+            await agent.run("hi")
+
     bench.vluna.mode = "observe"
-    capability = bench.capability(identity=lambda ctx: {"principal_id": " blank "})
-    bench.run(lambda: pydantic_ai.Agent(bench.model(), capabilities=[capability]).run("hi"))
-    bench.charged(1)
+    bench.run(program)
+    bench.charged(2)
 
 
 def test_a_model_inside_that_bills_somebody_else(bench: Bench) -> None:

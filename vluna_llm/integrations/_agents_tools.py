@@ -105,7 +105,7 @@ def passing(error: E) -> E:
 
 async def _used(invoke: Invoke, context: Any, arguments: str, price: Price | None) -> Any:
     """Use the tool, and raise what the gate refused in it, whatever the SDK made of that."""
-    provider = getattr(getattr(context, "run_config", None), "model_provider", None)
+    provider: Any = getattr(getattr(context, "run_config", None), "model_provider", None)
     identity: Identity | None = getattr(provider, "_vluna_identity", None)  # how this run knows who pays
     payer = nullcontext() if identity is None else inheriting(identity, context.context, provider._vluna)
     use = _Use()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..context import ARGUMENTS, CallContext, make_context
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, VlunaError
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -39,9 +39,10 @@ def named(payer: object, what: str, fields: Sequence[str] = ARGUMENTS) -> CallCo
 
 def tell_nobody(vluna: Vluna, error: Exception) -> None:
     """In ``observe`` an identity that raises, or names nobody who could be billed, refuses nothing: it is told."""
+    why = f"{error} " if isinstance(error, VlunaError) else ""  # the words of others may name anybody
     vluna.telemetry.emit(
         "vluna.endpoint.unmetered",
         "error",
         {"error.type": type(error).__name__},
-        message="identity= named nobody who could be billed: whoever pays for the work around the run does",
+        message=f"{why}identity= named nobody who could be billed: whoever pays for the work around the run does",
     )

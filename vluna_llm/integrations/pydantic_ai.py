@@ -33,7 +33,8 @@ except ImportError as error:
     ) from error
 
 from ..context import CallContext, call_context, current_context, telling, within
-from ..errors import ConfigurationError, VlunaError
+from ..errors import ConfigurationError
+from ._payer import tell_nobody
 from ._pydantic_ai_call import Refusals
 from ._pydantic_ai_model import VlunaModel
 
@@ -95,7 +96,9 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
         """The capability of one run, which knows who pays for it.
 
         Raises:
-            ConfigurationError: what ``identity`` named could not be billed. What it raises itself is not caught.
+            ConfigurationError: what ``identity`` named could not be billed. In ``observe`` the surrounding context pays
+                then, and where ``identity`` raises.
+            Exception: what ``identity`` raised.
         """
         run = copy.copy(self)
         run._refusals = Refusals()
@@ -149,21 +152,16 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
                 yield
 
     async def _payer(self, ctx: Any) -> CallContext:
-        named = self.identity(ctx) if self.identity is not None else None
-        if inspect.isawaitable(named):
-            named = await named
         run = telling(run_id=getattr(ctx, "run_id", None), agent=getattr(getattr(ctx, "agent", None), "name", None))
         try:
+            named = self.identity(ctx) if self.identity is not None else None
+            if inspect.isawaitable(named):
+                named = await named
             return _context(named or {}).override(run)
-        except VlunaError as error:
+        except Exception as error:
             if self.vluna.mode == "enforce":
                 raise
-            self.vluna.telemetry.emit(
-                "vluna.endpoint.unmetered",
-                "error",
-                {"error.type": type(error).__name__},
-                message=f"{error} The run goes on for whoever pays for the surrounding work",
-            )
+            tell_nobody(self.vluna, error)
             return _context({}).override(run)
 
 

@@ -195,9 +195,18 @@ def _gated(kind: Any) -> type[Any]:
             return await run(args=args, tool_context=tool_context)
         return await use.run(run, args, tool_context)
 
+    def reduced(self: Any, protocol: Any) -> Any:
+        function, arguments, *state = super(made, self).__reduce_ex__(protocol)
+        return (_anew, (kind,), *state) if function.__name__ == "__newobj__" else (function, arguments, *state)
+
     setattr(made, "run_async", run_async)  # noqa: B010 (mypy knows nothing of the class)
+    setattr(made, "__reduce_ex__", reduced)  # noqa: B010 (a copy, here or in another process, is of the tool's class)
     setattr(made, _GATED, True)
     return made
+
+
+def _anew(kind: Any) -> Any:
+    return kind.__new__(kind)
 
 
 def _undone(tool: Any, context: Any, result: Any) -> bool:

@@ -18,7 +18,7 @@ from .budget import Amount, Limits
 from .errors import GateError
 from .identity import plain_text, validate_code, validate_id, validate_labels
 from .reentry import held
-from .scoped import scoped, unset
+from .scoped import scoped, take_own, unset
 from .types import Receipt
 from .usage.types import TokenUsage
 
@@ -390,19 +390,19 @@ class call_context:
             request_id=request_id,
             idempotency_key=idempotency_key,
         )
-        self._entered: list[tuple[CallContext, Token[CallContext | None]]] = []
+        self._entered: list[tuple[Token[CallContext | None], CallContext]] = []
 
     def __enter__(self) -> Scope:
         scope = Scope(self._limits)
         job = scope if self._own.idempotency_key is not None else None
         merged = current_context().override(replace(self._own, scopes=(scope,), job=job))
-        self._entered.append((merged, _current.set(merged)))
+        self._entered.append((_current.set(merged), merged))
         return scope
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _, token = self._entered.pop()
+        token, _ = take_own(self._entered, lambda entry: entry[1] is current_context())
         unset(_current, token)
 
     async def __aenter__(self) -> Scope:

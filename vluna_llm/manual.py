@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from .context import CallContext, current_context, within
 from .identity import validate_code
 from .lifecycle import Operation
+from .scoped import take_own
 from .types import Lease, Receipt, UsageSource
 from .usage.meters import MeterLine
 from .usage.types import TokenUsage
@@ -135,7 +136,7 @@ class OperationContext:
         self._vluna = vluna
         self._context = context
         self._estimate = estimate
-        self._open: list[tuple[RecordedOperation, ExitStack]] = []
+        self._open: list[tuple[RecordedOperation, ExitStack, CallContext]] = []
 
     def __enter__(self) -> RecordedOperation:
         return self._entered(self._begin())
@@ -143,7 +144,7 @@ class OperationContext:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        op, around = self._open.pop()
+        op, around, _ = take_own(self._open, lambda entry: entry[2] is current_context())
         around.close()
         op._end(self._vluna, error)
 
@@ -164,7 +165,7 @@ class OperationContext:
     def _entered(self, op: RecordedOperation) -> RecordedOperation:
         around = ExitStack()
         around.enter_context(op._around())
-        self._open.append((op, around))
+        self._open.append((op, around, current_context()))
         return op
 
     def __call__(self, function: F) -> F:
@@ -192,7 +193,7 @@ class OperationContext:
                 inside.returned(op)
                 return result
 
-        return run
+        return inside.shown(run)
 
     def _running_async(self, function: Callable[..., Any]) -> Callable[..., Any]:
         inside = _Inside(function, self._estimate)
@@ -204,7 +205,7 @@ class OperationContext:
                 inside.returned(op)
                 return result
 
-        return run
+        return inside.shown(run)
 
     def _generating(self, function: Callable[..., Any]) -> Callable[..., Any]:
         inside = _Inside(function, self._estimate)
@@ -221,7 +222,7 @@ class OperationContext:
             op._end(self._vluna, None)
             return result
 
-        return run
+        return inside.shown(run)
 
     def _generating_async(self, function: Callable[..., Any]) -> Callable[..., Any]:
         inside = _Inside(function, self._estimate)
@@ -254,7 +255,7 @@ class OperationContext:
                 raise
             op._end(self._vluna, None)
 
-        return run
+        return inside.shown(run)
 
     def _once(self) -> OperationContext:
         """One of its own for each call of a decorated function: calls may overlap."""
@@ -265,8 +266,16 @@ class _Inside:
     """How a decorated function is handed the operation, and what its return books."""
 
     def __init__(self, function: Callable[..., Any], estimate: int) -> None:
-        self._takes_op = "op" in inspect.signature(function).parameters
+        self._signature = inspect.signature(function)
+        self._takes_op = "op" in self._signature.parameters
         self._estimate = estimate
+
+    def shown(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The decorated function, whose signature leaves the operation out: frameworks read there what to ask for."""
+        if self._takes_op:
+            others = [given for name, given in self._signature.parameters.items() if name != "op"]
+            run.__signature__ = self._signature.replace(parameters=others)  # type: ignore[attr-defined]
+        return run
 
     def given(self, op: RecordedOperation, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments, with the operation where the function has a place for it."""

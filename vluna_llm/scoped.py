@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import TypeVar
@@ -30,3 +30,13 @@ def unset(variable: ContextVar[T], token: Token[T]) -> None:
         variable.reset(token)
     except ValueError:
         pass
+
+
+def take_own(entered: list[T], is_own: Callable[[T], bool]) -> T:
+    """Take the innermost entry that is the running task's own out of those of an object that several may have entered.
+
+    The last one where none is: it is left by somebody else than it was entered by.
+    """
+    found = next((entry for entry in reversed(entered) if is_own(entry)), entered[-1])
+    entered.remove(found)
+    return found

@@ -69,6 +69,10 @@ class Vluna:
 
     # -- what applications use -------------------------------------------------------------------------------------
 
+    def __deepcopy__(self, memo: object) -> Vluna:
+        """The same one: its connections and its journal are nobody's to copy."""
+        return self
+
     @property
     def mode(self) -> Mode:
         """``enforce``, ``observe`` (ask and book, never refuse) or ``off``. May be set at run time: a kill switch."""

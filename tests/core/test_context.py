@@ -121,3 +121,21 @@ def test_a_scope_can_be_waited_for_on_a_loop() -> None:
         return await scope.wait_async(2)
 
     assert asyncio.run(main())
+
+
+def test_one_object_entered_by_several_tasks_at_once_gives_each_its_own_back() -> None:
+    """Whichever is left first: work after the ``with`` is billed to whom it was billed before."""
+    shared = call_context(principal_id="bob")
+
+    async def task(name: str, turns: int) -> tuple[str | None, str | None]:
+        with call_context(principal_id=name):
+            with shared:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                inside = current_context().principal_id
+            return inside, current_context().principal_id
+
+    async def main() -> list[tuple[str | None, str | None]]:
+        return await asyncio.gather(task("ann", 1), task("cid", 3), task("dan", 2))
+
+    assert asyncio.run(main()) == [("bob", "ann"), ("bob", "cid"), ("bob", "dan")]

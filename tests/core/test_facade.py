@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import os
 import threading
@@ -581,3 +582,9 @@ def test_of_a_backlog_whose_callers_have_gone_nothing_is_kept_but_a_scope_that_i
     assert [receipt.charged for receipt in scope.receipts] == [True]
     assert vluna.flush(20)
     assert len(gate.booked("ann").entries) == 201
+
+
+def test_a_copy_of_what_holds_it_holds_the_same_one(vluna: Vluna) -> None:
+    """Frameworks copy their configuration deeply; connections and a journal are nobody's to copy."""
+    held = copy.deepcopy({"plugins": [vluna]})
+    assert held["plugins"][0] is vluna

@@ -236,3 +236,33 @@ def test_what_a_framework_tells_takes_no_room_from_the_callers_labels(vluna: Vlu
     (entry,) = gate.booked("ann").entries
     assert own.items() <= entry.labels.items()
     assert [name in entry.labels for name in ("run_id", "agent")] == [True, False]
+
+
+def test_one_object_entered_by_several_tasks_at_once_is_an_operation_of_each(vluna: Vluna, gate: Sandbox) -> None:
+    """Whichever is left first ends its own, with what was recorded there."""
+    search = vluna.operation(feature_code="tools.search", estimate=1)
+
+    async def task(name: str, turns: int) -> None:
+        with call_context(principal_id=name):
+            async with search as op:
+                await asyncio.sleep(0.01 * turns)
+                op.record(quantity=turns)
+            assert current_context().parent_operation_id is None
+
+    async def main() -> None:
+        await asyncio.gather(task("ann", 1), task("bob", 3), task("cid", 2))
+
+    asyncio.run(main())
+    assert vluna.flush(5)
+    assert [booked(gate, name) for name in ("ann", "bob", "cid")] == [[("tools.search", n)] for n in (1, 3, 2)]
+
+
+def test_what_reads_a_decorated_functions_signature_does_not_ask_for_the_operation(vluna: Vluna) -> None:
+    """Frameworks make a tool's schema, or a request's parameters, of it: the operation is nobody's to give but ours."""
+
+    def search(word: str, op: Any, *, limit: int = 3) -> str:
+        return word * limit
+
+    decorated = vluna.operation(feature_code="tools.search")(search)
+    assert [*inspect.signature(decorated).parameters] == ["word", "limit"]
+    assert [*inspect.signature(search).parameters] == ["word", "op", "limit"]

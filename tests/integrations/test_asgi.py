@@ -308,3 +308,36 @@ def test_bare_asgi_scopes_pass(vluna: Vluna) -> None:
     middleware = VlunaMiddleware(app, identity=asked.append)  # type: ignore[arg-type]
     asyncio.run(middleware({"type": "something.new"}, None, None))  # type: ignore[arg-type]
     assert (seen, asked) == (["something.new"], [])
+
+
+@pytest.mark.parametrize("named", [{"principal_id": ""}, {"customer": "x"}])
+@pytest.mark.parametrize("mode", ["observe", "off"])
+def test_who_cannot_be_billed_is_served_unless_in_enforce(
+    make_vluna: Callable[..., Vluna], provider: Provider, mode: Any, named: Any
+) -> None:
+    """A page that calls no model, too, would fail for everybody who has not signed in."""
+    vluna = make_vluna()
+    with served(Service(vluna, provider, vluna=vluna, identity=lambda scope: named).app) as url:
+        assert httpx.get(url + "/plain").status_code == 500
+        vluna.mode = mode
+        assert httpx.get(url + "/plain").status_code == 200
+    assert len(provider.requests) == 1
+
+
+@pytest.mark.parametrize("inner", ["same", "other"])
+def test_an_application_inside_of_another_one_is_within_its_limit(
+    vluna: Vluna, shared_gate: Sandbox, provider: Provider, customer: str, inner: str
+) -> None:
+    """Each has a middleware; the inner one may name another customer, or nobody: then it is the outer one's."""
+    named = {"same": None, "other": {"principal_id": f"{customer}_other"}}[inner]
+    inside = Service(vluna, provider, identity=lambda scope: named).app
+
+    def outer(scope: Any) -> dict[str, Any]:
+        return {"principal_id": customer, "max_tokens": 1 if scope["path"] == "/threads" else None}
+
+    with served(VlunaMiddleware(inside, identity=outer)) as url:
+        assert httpx.get(url + "/plain").status_code == 200
+        assert httpx.get(url + "/threads").status_code == 402
+    assert vluna.flush(5)
+    payer = customer if inner == "same" else f"{customer}_other"
+    assert len(shared_gate.booked(payer).entries) == len(provider.requests) == 1

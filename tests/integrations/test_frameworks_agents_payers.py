@@ -234,3 +234,29 @@ def test_retries_and_time_limits_keep_the_customer(both: Bench, streamed: bool) 
     both.bill(lambda: run(agent, config, context=person, hooks=VlunaRunHooks(), streamed=streamed)).are()
     everything_settled(both)
     both.books(person.account).are(BIG, BIG, canceled=1)
+
+
+def lost(person: Any) -> dict[str, str]:
+    raise LookupError("no such customer")
+
+
+@pytest.mark.parametrize("mode", ["observe", "off"])
+@pytest.mark.parametrize("unusable", [lost, lambda person: {"principal_id": " x"}, lambda person: 5])
+def test_an_identity_that_names_nobody_refuses_nothing_unless_in_enforce(
+    bench: Bench, streamed: bool, mode: Any, unusable: Any
+) -> None:
+    """Not for a model, and not in a tool: in ``observe`` the surrounding customer pays, and ``off`` asks nobody."""
+    bench.vluna.mode = mode
+    search = surface_refusals(look_up)
+    sold = agents.function_tool(name_override="sold")(lambda word: word)
+    sold = gated_tool(feature_code="tools.search", vluna=bench.vluna)(sold)
+    bench.upstream.says(call("look_up"), call("sold", word="sea"))
+
+    async def work() -> None:
+        options = {"context": Person("x"), "hooks": VlunaRunHooks(), "streamed": streamed}
+        result = await run(writer(tools=[search, sold]), bench.config(identity=unusable), **options)
+        assert result.final_output == "hello world"
+
+    books = bench.bill(work)
+    books.are(*[BIG, BIG, BIG, "tools.search"] * (mode == "observe"))
+    assert len(bench.upstream.posts()) == 3

@@ -11,6 +11,7 @@ from pydantic_ai_agents import Bench, VlunaCapability, VlunaModel, bench_fixture
 from scripted_chat import Step, turns
 
 from vluna_llm import Vluna, call_context
+from vluna_llm.context import CallContext
 from vluna_llm.errors import ConfigurationError, GateDenied
 from vluna_llm.integrations.pydantic_ai import BillableTool
 
@@ -51,6 +52,20 @@ def test_the_dependencies_name_who_pays(is_async: bool, bench: Bench) -> None:
     (labels,) = bench.labels()
     told = {name: labels[name] for name in ("run_id", "agent", "team", "end_user")}
     assert told == {"run_id": run_ids[0], "agent": "support", "team": "blue", "end_user": "eve"}
+
+
+@pytest.mark.parametrize("give", [str, lambda name: CallContext(principal_id=name)], ids=["text", "CallContext"])
+def test_who_pays_may_be_named_in_other_ways(give: Any, bench: Bench) -> None:
+    """As in the other frameworks."""
+    capability = bench.capability(identity=lambda ctx: give(ctx.deps))
+    agent = pydantic_ai.Agent(bench.model(), deps_type=str, capabilities=[capability])
+
+    async def program() -> None:
+        with call_context(principal_id="somebody_else"):
+            await agent.run("hi", deps=bench.customer)
+
+    bench.run(program)
+    bench.charged(1)
 
 
 def test_parallel_runs_are_never_mixed_up(bench: Bench) -> None:
@@ -128,11 +143,19 @@ def test_an_identity_that_cannot_be_billed(bench: Bench) -> None:
 
 
 def test_observe_goes_on_for_whoever_pays_around(bench: Bench) -> None:
-    """An identity that cannot be billed refuses nothing then."""
+    """An identity that cannot be billed, or that raises, refuses nothing then."""
+
+    def lost(ctx: Any) -> dict[str, Any]:
+        raise LookupError("no such customer")
+
+    async def program() -> None:
+        for identity in (lambda ctx: {"principal_id": " blank "}, lost):
+            agent = pydantic_ai.Agent(bench.model(), capabilities=[bench.capability(identity=identity)])
+            await agent.run("hi")
+
     bench.vluna.mode = "observe"
-    capability = bench.capability(identity=lambda ctx: {"principal_id": " blank "})
-    bench.run(lambda: pydantic_ai.Agent(bench.model(), capabilities=[capability]).run("hi"))
-    bench.charged(1)
+    bench.run(program)
+    bench.charged(2)
 
 
 def test_a_model_inside_that_bills_somebody_else(bench: Bench) -> None:

@@ -158,6 +158,25 @@ def test_an_answer_of_a_callback_costs_nothing(bench: Bench) -> None:
     bench.charged(1)
 
 
+def test_a_callback_that_sets_the_agents_model(bench: Bench, stream: bool) -> None:
+    """The model that it has set is asked, and sold, as without us."""
+
+    def choose(callback_context: Any, llm_request: Any) -> None:
+        callback_context._invocation_context.agent.model = bench.gemini("gemini-2.5-pro")
+        llm_request.model = "gemini-2.5-pro"
+
+    agent = bench.agent(bench.gemini(), before_model_callback=choose)
+    chosen: list[Any] = []
+
+    def look(callback_context: Any, llm_response: Any) -> None:
+        chosen.append(callback_context._invocation_context.agent.model.model)
+
+    agent.after_model_callback = look
+    bench.run(bench.said(agent, bench.plugin(), user=bench.customer, stream=stream), nobody=True)
+    assert {*chosen} == {"gemini-2.5-pro"}
+    assert bench.books() == [("google.gemini-2.5-pro", 120)]
+
+
 def test_a_model_that_is_not_looked_up_is_told(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     """A flow of somebody's own: nobody is billed, and that is no secret."""
 

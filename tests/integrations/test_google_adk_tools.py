@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -108,6 +110,36 @@ def test_two_uses_at_once_are_two_operations(bench: Bench) -> None:
     assert tool.uses == 2
     assert isinstance(tool, Search)
     assert type(tool).__name__ == "Search"
+
+
+def test_what_a_tool_uses_is_billed_also_where_the_tool_itself_cannot_be_sold(bench: Bench) -> None:
+    """A class that nobody may derive from: its own use is free, and an error is told; the run goes on."""
+
+    class Final(Search):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("nobody derives from this")
+
+        async def run_async(self, *, args: dict[str, Any], tool_context: Any) -> Any:
+            with bench.vluna.operation(feature_code="tools.inner") as op:
+                op.record(quantity=2)
+            return await super().run_async(args=args, tool_context=tool_context)
+
+    bench.upstream.script = SEARCHES
+    assert run(bench, Final())
+    assert sorted(bench.books()) == sorted([MODEL, ("tools.inner", 2), MODEL])
+
+
+def test_a_tool_that_was_used_can_be_pickled_and_copied_as_before(bench: Bench) -> None:
+    """Whoever hands it to another process finds a tool of its own class there."""
+    tool = Search()
+    bench.upstream.script = SEARCHES
+    run(bench, tool)
+    for made in (pickle.loads(pickle.dumps(tool)), copy.deepcopy(tool), copy.copy(tool)):
+        assert type(made) is Search
+        assert made.uses == 1
+    again = bench.gate.booked(bench.customer).entries
+    run(bench, pickle.loads(pickle.dumps(tool)))
+    assert len(bench.books()) == 2 * len(again) == 6
 
 
 def test_a_tool_inside_of_a_tool_is_part_of_it(bench: Bench) -> None:

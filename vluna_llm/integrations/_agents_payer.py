@@ -18,7 +18,7 @@ from agents import get_current_span, get_current_trace
 from ..context import CallContext, telling, within
 from ..errors import ConfigurationError
 from ..scoped import scoped
-from ._payer import named
+from ._payer import named, tell_nobody
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -32,14 +32,16 @@ class Turn:
 
     Attributes:
         identity: reads who pays from the run's context object.
+        vluna: what meters; the process's own where None.
         payer: who that is, once the hook was called.
         begun: whether the model was called: what the hook finds then belongs to a run that is over.
     """
 
-    __slots__ = ("begun", "identity", "payer", "told")
+    __slots__ = ("begun", "identity", "payer", "told", "vluna")
 
-    def __init__(self, identity: Identity) -> None:
+    def __init__(self, identity: Identity, vluna: Vluna | None) -> None:
         self.identity = identity
+        self.vluna = vluna
         self.payer: CallContext | None = None
         self.told = False
         self.begun = False
@@ -49,9 +51,9 @@ _turn: ContextVar[Turn | None] = ContextVar("vluna_llm_agents_turn", default=Non
 _inherited: ContextVar[Identity | None] = ContextVar("vluna_llm_agents_inherited", default=None)
 
 
-def lay_down(identity: Identity) -> Turn:
+def lay_down(identity: Identity, vluna: Vluna | None) -> Turn:
     """A turn for the model that is being looked up in the running task."""
-    turn = Turn(identity)
+    turn = Turn(identity, vluna)
     _turn.set(turn)
     return turn
 
@@ -61,25 +63,46 @@ def fill_in(context: Any) -> None:
 
     Raises:
         ConfigurationError: the model of this call does not come from a provider that knows how to read it.
+        Exception: what `read` raises.
     """
     turn = _turn.get()
     if turn is None or turn.begun:
+        if turn is not None and _metering(turn.vluna).mode != "enforce":
+            return
         raise ConfigurationError(
             "VlunaRunHooks are told of a call whose model does not come from VlunaModelProvider(identity=...): nobody "
             "would know who pays. Pass RunConfig(model_provider=VlunaModelProvider(identity=...)) and name models by "
             "strings, or leave the hooks out and use call_context(...)."
         )
-    turn.payer = read(turn.identity, context)
+    turn.payer = read(turn.identity, context, turn.vluna)
     turn.told = True
 
 
-def read(identity: Identity, context: Any) -> CallContext:
-    """Who pays, by the run's context object.
+def read(identity: Identity, context: Any, vluna: Vluna | None) -> CallContext:
+    """Who pays, by the run's context object. Nobody is asked in mode ``off``, and in ``observe`` nothing is refused.
 
     Raises:
         ConfigurationError: what ``identity`` gave has fields that a call context has not, or ids that cannot be signed.
+        Exception: what ``identity`` raised.
     """
-    return named(identity(context), "identity= gave")
+    vluna = _metering(vluna)
+    if vluna.mode == "off":
+        return CallContext()
+    try:
+        return named(identity(context), "identity= gave")
+    except Exception as error:
+        if vluna.mode == "enforce":
+            raise
+        tell_nobody(vluna, error)
+        return CallContext()
+
+
+def _metering(vluna: Vluna | None) -> Vluna:
+    if vluna is None:
+        from ..vluna import Vluna
+
+        vluna = Vluna.default()
+    return vluna
 
 
 _NO_TRACE = "no-op"
@@ -126,7 +149,7 @@ def paying(vluna: Vluna, turn: Turn | None, told: CallContext) -> Iterator[None]
 
 
 @contextmanager
-def inheriting(identity: Identity, context: Any) -> Iterator[None]:
+def inheriting(identity: Identity, context: Any, vluna: Vluna | None) -> Iterator[None]:
     """What runs in the ``with`` (a tool, and the runs inside it) bills whom this run's context names."""
-    with scoped(_inherited, identity), within(read(identity, context)):
+    with scoped(_inherited, identity), within(read(identity, context, vluna)):
         yield

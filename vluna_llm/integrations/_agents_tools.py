@@ -93,12 +93,14 @@ def passing(error: E) -> E:
 
 async def _used(invoke: Invoke, context: Any, arguments: str, price: Price | None) -> Any:
     """Use the tool, and raise what the gate refused in it, whatever the SDK made of that."""
-    identity = _identity_of(context)
+    provider: Any = getattr(getattr(context, "run_config", None), "model_provider", None)
+    identity: Identity | None = getattr(provider, "_vluna_identity", None)  # how this run knows who pays
+    payer = nullcontext() if identity is None else inheriting(identity, context.context, provider._vluna)
     use = _Use()
     token = _use.set(use)
     try:
         told = run_of(getattr(getattr(context, "agent", None), "name", None), getattr(context, "tool_name", None))
-        with within(told), inheriting(identity, context.context) if identity is not None else nullcontext():
+        with within(told), payer:
             if price is None:
                 result = await invoke(context, arguments)
             else:
@@ -114,13 +116,6 @@ async def _used(invoke: Invoke, context: Any, arguments: str, price: Price | Non
         unset(_use, token)
     use.raise_refusal()
     return result
-
-
-def _identity_of(context: Any) -> Identity | None:
-    """How the run that this tool is used in knows who pays."""
-    provider = getattr(getattr(context, "run_config", None), "model_provider", None)
-    identity: Identity | None = getattr(provider, "_vluna_identity", None)
-    return identity
 
 
 def _noting(implementation: Invoke) -> Invoke:

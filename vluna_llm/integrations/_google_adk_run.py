@@ -17,7 +17,7 @@ from ..context import CallContext, telling
 from ..errors import ConfigurationError, VlunaError
 from ._billable import BillableTool
 from ._looking_like import looking_like
-from ._payer import named
+from ._payer import named, tell_nobody
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -27,6 +27,7 @@ Identity: TypeAlias = "Callable[[Any], Named | Awaitable[Named]]"
 """From the context of a callback to who pays: an id, what `call_context` takes, or None for the surrounding one."""
 
 _STANDS_FOR = "_vluna_stands_for"
+_AS_MADE = "_vluna_as_made"
 _USE = "_vluna_use"
 _REFUSED = "_vluna_refused"
 _GATED = "_vluna_gated"
@@ -65,12 +66,7 @@ async def payer_of(identity: Identity | None, context: Any, vluna: Vluna) -> Pay
     except Exception as error:
         if vluna.mode == "enforce":
             return Payer(CallContext(), error)
-        vluna.telemetry.emit(
-            "vluna.endpoint.unmetered",
-            "error",
-            {"error.type": type(error).__name__},
-            message="identity= named nobody who could be billed: whoever pays for the work around the run does",
-        )
+        tell_nobody(vluna, error)
         return Payer(run)
 
 
@@ -100,24 +96,37 @@ def resolve_next(invocation: Any, method: str, resolve: Callable[[Any], Any]) ->
     """Let ``resolve`` make something of the model which the flow will look up next, by this method of its agent.
 
     The flow asks ``invocation.agent``. So a copy of the agent stands there until then; the agent itself, which other
-    runs use at the same time, is never touched. What ``resolve`` raises comes out of the run as it is.
+    runs use at the same time, is never touched, but for what a callback sets on the agent that it finds: that is meant
+    for the agent. What ``resolve`` raises comes out of the run as it is.
     """
-    agent = agent_of(invocation)
+    agent = _put_back(invocation)
 
     async def resolved(context: Any) -> Any:
-        invocation.agent = agent
+        _put_back(invocation)
         found = getattr(agent, method, None)
         return resolve(getattr(agent, method.removesuffix("_async")) if found is None else await found(context))
 
     twin = copy.copy(agent)
     twin.__dict__.update({method: resolved, _STANDS_FOR: agent})
+    twin.__dict__[_AS_MADE] = dict(twin.__dict__)
     invocation.agent = twin
+
+
+def _put_back(invocation: Any) -> Any:
+    """The agent, in its own place again, with what was set on the copy that stood for it."""
+    found, agent = invocation.agent, agent_of(invocation)
+    if found is not agent:
+        now = dict(found.__dict__)
+        made = now.pop(_AS_MADE)
+        agent.__dict__.update({name: value for name, value in now.items() if made.get(name, made) is not value})
+        invocation.agent = agent
+    return agent
 
 
 def stood_down(invocation: Any) -> bool:
     """Put the agent back; whether another one still stood for it, because no model was looked up."""
-    found, invocation.agent = invocation.agent, agent_of(invocation)
-    return found is not invocation.agent
+    found = invocation.agent
+    return found is not _put_back(invocation)
 
 
 def refuse(invocation: Any, error: VlunaError) -> None:
@@ -189,9 +198,18 @@ def _gated(kind: Any) -> type[Any]:
             return await run(args=args, tool_context=tool_context)
         return await use.run(run, args, tool_context)
 
+    def reduced(self: Any, protocol: Any) -> Any:
+        function, arguments, *state = super(made, self).__reduce_ex__(protocol)
+        return (_anew, (kind,), *state) if function.__name__ == "__newobj__" else (function, arguments, *state)
+
     setattr(made, "run_async", run_async)  # noqa: B010 (mypy knows nothing of the class)
+    setattr(made, "__reduce_ex__", reduced)  # noqa: B010 (a copy, here or in another process, is of the tool's class)
     setattr(made, _GATED, True)
     return made
+
+
+def _anew(kind: Any) -> Any:
+    return kind.__new__(kind)
 
 
 def _undone(tool: Any, context: Any, result: Any) -> bool:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ..context import ARGUMENTS, CallContext, make_context
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, VlunaError
+
+if TYPE_CHECKING:
+    from ..vluna import Vluna
 
 
 def named(payer: object, what: str, fields: Sequence[str] = ARGUMENTS) -> CallContext:
@@ -31,3 +35,14 @@ def named(payer: object, what: str, fields: Sequence[str] = ARGUMENTS) -> CallCo
     if unknown:
         raise ConfigurationError(f"{what} a mapping with {', '.join(sorted(unknown))}; it takes {', '.join(fields)}.")
     return make_context(**payer)
+
+
+def tell_nobody(vluna: Vluna, error: Exception) -> None:
+    """In ``observe`` an identity that raises, or names nobody who could be billed, refuses nothing: it is told."""
+    why = f"{error} " if isinstance(error, VlunaError) else ""  # the words of others may name anybody
+    vluna.telemetry.emit(
+        "vluna.endpoint.unmetered",
+        "error",
+        {"error.type": type(error).__name__},
+        message=f"{why}identity= named nobody who could be billed: whoever pays for the work around the run does",
+    )

@@ -17,11 +17,13 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
-from ..context import afresh, call_context
+from ..context import afresh, call_context, current_context
 from ..errors import BudgetExceeded, GateError, VlunaError
 from ._answer import answer_to
+from ._payer import tell_nobody
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -46,8 +48,10 @@ class VlunaMiddleware:
         app: the application inside.
         identity: given the ASGI scope, names who pays by the arguments of `call_context`, e.g. ``{"principal_id":
             ...}``; may be a coroutine function. None binds nobody: a metered call then raises `MissingPrincipal`. Read
-            it from what your authentication has established, never from a header that the client writes.
-        vluna: closed when the server shuts down, so that everything is delivered; left alone where not given.
+            it from what your authentication has established, never from a header that the client writes. Inside of
+            another such middleware None leaves it to that one, whose limits hold for all that is inside.
+        vluna: closed when the server shuts down, so that everything is delivered; left alone where not given. In its
+            modes ``observe`` and ``off`` a request whose customer could not be billed is served for nobody.
         refusals: answer a refusal of the gate that the application lets through: 402, 403 or 429 with ``Retry-After``,
             and the gate's code and hints in OpenAI's error shape. Off: it goes on to the server, which answers 500.
 
@@ -80,7 +84,9 @@ class VlunaMiddleware:
         await self.app(scope, receive, sent)
 
     async def _serve(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
-        with afresh():
+        outer = (scope.get("state") or {}).get(SCOPE_KEY)
+        # Within a middleware of ours around this one the request has its customer and limits already.
+        with nullcontext() if outer in current_context().scopes else afresh():
             await self._serve_for_its_customer(scope, receive, send)
 
     async def _serve_for_its_customer(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
@@ -94,7 +100,7 @@ class VlunaMiddleware:
             begun = True
             await send(message)
 
-        async with call_context(**(payer or {})) as spent:
+        async with self._context(payer or {}) as spent:
             scope.setdefault("state", {})[SCOPE_KEY] = spent
             try:
                 await self.app(scope, receive, sent)
@@ -102,6 +108,16 @@ class VlunaMiddleware:
                 if not self.refusals or begun or scope["type"] != "http":
                     raise
                 await _refuse(error, send)
+
+    def _context(self, payer: Mapping[str, Any]) -> call_context:
+        try:
+            return call_context(**payer)
+        except (VlunaError, TypeError) as error:
+            if self.vluna is None or self.vluna.mode == "enforce":
+                raise
+            if self.vluna.mode == "observe":
+                tell_nobody(self.vluna, error)
+            return call_context()
 
 
 async def _refuse(error: VlunaError, send: Send) -> None:

@@ -175,10 +175,10 @@ class VlunaPlugin(BasePlugin):  # type: ignore[misc]
             return
         try:
             payer = await payer_of(self.identity, tool_context, self.vluna)
+            enter_context(current_context().override(payer.context).override(telling(tool=tool.name)))
             sold = self.tools.get(tool.name)
             if sold is not None or payer.error is not None:
                 about_to_run(tool, tool_context, Use(tool, self.vluna, sold, payer.error))
-            enter_context(current_context().override(payer.context).override(telling(tool=tool.name)))
         except Exception:
             self.vluna.internal_error("google_adk.tool")
 

@@ -86,7 +86,7 @@ class VlunaModelProvider(ModelProvider):  # type: ignore[misc]
     def get_model(self, model_name: str | None) -> Model:
         """The inner provider's model, metered."""
         model = self._vluna_inner.get_model(model_name)
-        turn = lay_down(self._vluna_identity) if self._vluna_identity is not None else None
+        turn = lay_down(self._vluna_identity, self._vluna) if self._vluna_identity is not None else None
         return VlunaModel(model, self._vluna, _turn=turn)
 
     async def aclose(self) -> None:

@@ -33,8 +33,9 @@ except ImportError as error:
     ) from error
 
 from ..context import CallContext, call_context, current_context, telling, within
-from ..errors import ConfigurationError, VlunaError
+from ..errors import ConfigurationError
 from ._billable import BillableTool, billable
+from ._payer import named, tell_nobody
 from ._pydantic_ai_call import Refusals
 from ._pydantic_ai_model import VlunaModel
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BillableTool", "VlunaCapability", "VlunaModel"]
 
-Named = Mapping[str, Any] | None
+Named = CallContext | Mapping[str, Any] | str | None
 Identity = Callable[[Any], "Named | Awaitable[Named]"]
 
 
@@ -94,7 +95,9 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
         """The capability of one run, which knows who pays for it.
 
         Raises:
-            ConfigurationError: what ``identity`` named could not be billed. What it raises itself is not caught.
+            ConfigurationError: what ``identity`` named could not be billed. In ``observe`` the surrounding context pays
+                then, and where ``identity`` raises.
+            Exception: what ``identity`` raised.
         """
         run = copy.copy(self)
         run._refusals = Refusals()
@@ -148,29 +151,26 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
                 yield
 
     async def _payer(self, ctx: Any) -> CallContext:
-        named = self.identity(ctx) if self.identity is not None else None
-        if inspect.isawaitable(named):
-            named = await named
         run = telling(run_id=getattr(ctx, "run_id", None), agent=getattr(getattr(ctx, "agent", None), "name", None))
         try:
-            return _context(named or {}).override(run)
-        except VlunaError as error:
+            payer = self.identity(ctx) if self.identity is not None else None
+            if inspect.isawaitable(payer):
+                payer = await payer
+            return _context(payer or {}).override(run)
+        except Exception as error:
             if self.vluna.mode == "enforce":
                 raise
-            self.vluna.telemetry.emit(
-                "vluna.endpoint.unmetered",
-                "error",
-                {"error.type": type(error).__name__},
-                message=f"{error} The run goes on for whoever pays for the surrounding work",
-            )
+            tell_nobody(self.vluna, error)
             return _context({}).override(run)
 
 
-def _context(named: Mapping[str, Any]) -> CallContext:
+def _context(payer: Any) -> CallContext:
+    if not isinstance(payer, Mapping):
+        return current_context().override(named(payer, "identity= gave"))
     try:
-        entered = call_context(**named)
+        entered = call_context(**payer)
     except TypeError:
-        unknown = ", ".join(sorted(map(str, named)))
+        unknown = ", ".join(sorted(map(str, payer)))
         raise ConfigurationError(
             f"identity must name who pays by the arguments of call_context, not {unknown}."
         ) from None

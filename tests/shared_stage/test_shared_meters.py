@@ -231,6 +231,8 @@ def test_a_host_of_version_2_sends_what_was_booked_as_0_alone(
         return there and psql.execute("SELECT used_up, rest FROM vluna_llm_operations").fetchone()
 
     until(lambda: kept() == (1, json.dumps(left)), "what is left is written")
+    until(lambda: psql.execute("SELECT attempts FROM vluna_llm_operations").fetchone()[0] >= 2, "it waits for a price")
+    until(lambda: len(vluna._running().settler._backlog) == 0, "nothing is left in memory")
     for meter in missing:
         gate.price(meter, PRICES[meter])
     vluna._running().prices.forget(OCR)

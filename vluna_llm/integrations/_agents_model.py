@@ -21,6 +21,7 @@ from ..slot import Share, Slot, inside
 from ..tap import INLINE_SECONDS
 from ._agents_call import EventItems, asking_usage, ending_of, model_call_of, refused_option
 from ._agents_payer import Turn, paying, run_of_call
+from ._default import given_or_default
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -127,11 +128,7 @@ class VlunaModel(Model):  # type: ignore[misc]
     def _metered(self) -> tuple[Vluna, Any, bool]:
         """The metering, the model to call, and whether the model's own client meters its calls."""
         if self._vluna_ready is None:
-            vluna = self._vluna_given
-            if vluna is None:
-                from ..vluna import Vluna
-
-                vluna = Vluna.default()
+            vluna = given_or_default(self._vluna_given)
             twin = _with_metered_client(self._vluna_inner, vluna)
             self._vluna_ready = (vluna, self._vluna_inner if twin is None else twin, twin is not None)
         return self._vluna_ready

@@ -18,6 +18,7 @@ from agents import get_current_span, get_current_trace
 from ..context import CallContext, telling, within
 from ..errors import ConfigurationError
 from ..scoped import scoped
+from ._default import given_or_default
 from ._payer import named, tell_nobody
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def fill_in(context: Any) -> None:
     """
     turn = _turn.get()
     if turn is None or turn.begun:
-        if turn is not None and _metering(turn.vluna).mode != "enforce":
+        if turn is not None and given_or_default(turn.vluna).mode != "enforce":
             return
         raise ConfigurationError(
             "VlunaRunHooks are told of a call whose model does not come from VlunaModelProvider(identity=...): nobody "
@@ -85,7 +86,7 @@ def read(identity: Identity, context: Any, vluna: Vluna | None) -> CallContext:
         ConfigurationError: what ``identity`` gave has fields that a call context has not, or ids that cannot be signed.
         Exception: what ``identity`` raised.
     """
-    vluna = _metering(vluna)
+    vluna = given_or_default(vluna)
     if vluna.mode == "off":
         return CallContext()
     try:
@@ -95,14 +96,6 @@ def read(identity: Identity, context: Any, vluna: Vluna | None) -> CallContext:
             raise
         tell_nobody(vluna, error)
         return CallContext()
-
-
-def _metering(vluna: Vluna | None) -> Vluna:
-    if vluna is None:
-        from ..vluna import Vluna
-
-        vluna = Vluna.default()
-    return vluna
 
 
 _NO_TRACE = "no-op"

@@ -23,6 +23,7 @@ from ..manual import OperationContext
 from ..scoped import unset
 from ._agents_payer import Identity, inheriting, run_of
 from ._billable import BillableTool
+from ._default import given_or_default
 from ._looking_like import looking_like
 
 if TYPE_CHECKING:
@@ -41,12 +42,7 @@ class Price:
 
     def operation(self) -> OperationContext:
         """The gate's part of one use."""
-        vluna = self.vluna
-        if vluna is None:
-            from ..vluna import Vluna
-
-            vluna = Vluna.default()
-        return self.sold.operation(vluna)
+        return self.sold.operation(given_or_default(self.vluna))
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from ..ending import Ending
 from ..errors import VlunaError
 from ..slot import Share, Slot, inside
 from ..tap import INLINE_SECONDS
+from ._default import given_or_default
 from ._google_adk_words import Seen, model_call_of
 
 if TYPE_CHECKING:
@@ -47,10 +48,7 @@ class VlunaLlm(BaseLlm):  # type: ignore[misc]
     def __init__(self, wrapped: Any, vluna: Vluna | None = None, /, **bound: Any) -> None:
         inner = LLMRegistry.new_llm(wrapped) if isinstance(wrapped, str) else wrapped
         super().__init__(model=inner.model, wrapped=inner)
-        if vluna is None:
-            from ..vluna import Vluna
-
-            vluna = Vluna.default()
+        vluna = given_or_default(vluna)
         self._vluna = vluna
         self._bound = make_context(**bound) if bound else None
 

@@ -13,6 +13,7 @@ except ImportError as error:
 
 from ..context import make_context, telling, within
 from ._billable import BillableTool, billable
+from ._default import given_or_default
 from ._langchain_model import meter
 from ._langchain_run import paid_by, payer_of, run_of_config
 
@@ -40,10 +41,7 @@ class VlunaMiddleware(AgentMiddleware):  # type: ignore[misc]
         self, vluna: Vluna | None = None, *, tools: Mapping[str, str | BillableTool] | None = None, **bound: Any
     ) -> None:
         super().__init__()
-        if vluna is None:
-            from ..vluna import Vluna
-
-            vluna = Vluna.default()
+        vluna = given_or_default(vluna)
         self.vluna = vluna
         self._bound = make_context(**bound) if bound else None
         self._tools = billable(tools, vluna)

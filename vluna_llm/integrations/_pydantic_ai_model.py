@@ -16,6 +16,7 @@ from ..context import CallContext
 from ..errors import VlunaError
 from ..lifecycle import ModelCall
 from ..scoped import scoped
+from ._default import given_or_default
 from ._pydantic_ai_call import Call, Refusals, begin, book_background, fallback, watch
 from ._pydantic_ai_words import model_call_of
 
@@ -52,10 +53,7 @@ class VlunaModel(WrapperModel):  # type: ignore[misc]
         refusals: Refusals | None = None,
     ) -> None:
         super().__init__(wrapped)
-        if vluna is None:
-            from ..vluna import Vluna
-
-            vluna = Vluna.default()
+        vluna = given_or_default(vluna)
         self.vluna = vluna
         self._bound = bound
         self._refusals = refusals

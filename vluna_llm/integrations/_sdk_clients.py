@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..context import CallContext
+from ._default import given_or_default
 from ._sdk_metered import Metered, Metering
 
 if TYPE_CHECKING:
@@ -102,11 +103,7 @@ def adopt(twin: Any, client: Any) -> Any:
 
 def drop_in_metering(vluna: Vluna | None) -> Metering:
     """The metering of a drop-in client: of the given ``vluna``, or of `Vluna.default()`."""
-    if vluna is None:
-        from ..vluna import Vluna
-
-        vluna = Vluna.default()
-    return Metering(vluna)
+    return Metering(given_or_default(vluna))
 
 
 def with_vluna(client: Any, options: dict[str, Any]) -> dict[str, Any]:

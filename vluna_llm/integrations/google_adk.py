@@ -36,6 +36,7 @@ except ImportError as error:
 from ..context import current_context, enter_context, telling
 from ..errors import VlunaError
 from ._billable import BillableTool, billable
+from ._default import given_or_default
 from ._google_adk_run import (
     Identity,
     Payer,
@@ -95,10 +96,7 @@ class VlunaPlugin(BasePlugin):  # type: ignore[misc]
         name: str = "vluna",
     ) -> None:
         super().__init__(name=name)
-        if vluna is None:
-            from ..vluna import Vluna
-
-            vluna = Vluna.default()
+        vluna = given_or_default(vluna)
         self.vluna = vluna
         self.identity = identity
         self.tools = billable(tools, vluna)

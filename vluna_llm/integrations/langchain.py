@@ -36,6 +36,7 @@ except ImportError as error:
 
 from ..context import make_context
 from ..errors import ConfigurationError, VlunaError
+from ._default import given_or_default
 from ._langchain_model import MeteredSerialized, meter
 from ._langchain_run import METADATA_KEY, IdentityFunction, Payer
 
@@ -96,10 +97,7 @@ def wrap_model(
         "request_id": request_id,
     }
     bound = {name: value for name, value in given.items() if value is not None}
-    if vluna is None:
-        from ..vluna import Vluna
-
-        vluna = Vluna.default()
+    vluna = given_or_default(vluna)
     metered = meter(model, vluna, make_context(**bound) if bound else None)
     if metered is model and not _holds_metered(model):
         raise ConfigurationError(
@@ -162,10 +160,7 @@ class VlunaCallbackHandler(BaseCallbackHandler):  # type: ignore[misc]
         self._unmetered(serialized)
 
     def _unmetered(self, serialized: Any) -> None:
-        if self._vluna is None:
-            from ..vluna import Vluna
-
-            self._vluna = Vluna.default()
+        self._vluna = given_or_default(self._vluna)
         if self._vluna.mode != "off":
             name = (serialized or {}).get("name") or "model"
             self._vluna.unmetered(f"langchain.{name} (not given to wrap_model)")

@@ -29,6 +29,7 @@ except ImportError as error:
         "vluna_llm.integrations.litellm needs LiteLLM: pip install 'vluna-llm[litellm]'", name="litellm"
     ) from error
 
+from ._default import given_or_default
 from ._litellm_entry import install as _install
 from ._litellm_entry import open_call as _open_call
 from ._litellm_entry import uninstall as _uninstall
@@ -75,10 +76,7 @@ class VlunaCallback(LoggingHooks, RouterHooks, ProxyHooks, _CustomLogger):  # ty
         trust_client_identity: bool | None = None,
     ) -> None:
         super().__init__()
-        if vluna is None:
-            from ..vluna import Vluna
-
-            vluna = Vluna.default()
+        vluna = given_or_default(vluna)
         self.vluna = vluna
         self.identity = make_identity(identity, trust_client=trust_client_identity)
         self.hooks_only = not install
@@ -97,10 +95,7 @@ def install(vluna: Vluna | None = None) -> None:
     Raises:
         ConfigurationError: no ``vluna`` is given, and the environment is incomplete or wrong.
     """
-    if vluna is None:
-        from ..vluna import Vluna
-
-        vluna = Vluna.default()
+    vluna = given_or_default(vluna)
     with _guard:
         missing = _install(vluna)
         install_router(_open_call)

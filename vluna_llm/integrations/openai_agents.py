@@ -41,6 +41,7 @@ from ._agents_model import VlunaModel
 from ._agents_payer import Identity, fill_in, lay_down
 from ._agents_tools import Price, twin_of
 from ._billable import BillableTool
+from ._default import given_or_default
 
 if TYPE_CHECKING:
     from ..vluna import Vluna
@@ -182,10 +183,7 @@ def install(vluna: Vluna | None = None) -> None:
         openai.OpenAIError: the SDK has neither a default client nor a key.
     """
     global _installed
-    if vluna is None:
-        from ..vluna import Vluna
-
-        vluna = Vluna.default()
+    vluna = given_or_default(vluna)
     uninstall()
     before = _openai_shared.get_default_openai_client()
     bare = before

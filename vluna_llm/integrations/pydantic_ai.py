@@ -35,6 +35,7 @@ except ImportError as error:
 from ..context import CallContext, call_context, current_context, telling, within
 from ..errors import ConfigurationError
 from ._billable import BillableTool, billable
+from ._default import given_or_default
 from ._payer import named, tell_nobody
 from ._pydantic_ai_call import Refusals
 from ._pydantic_ai_model import VlunaModel
@@ -76,10 +77,7 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
         tools: Mapping[str, str | BillableTool] | None = None,
         id: str | None = None,
     ) -> None:
-        if vluna is None:
-            from ..vluna import Vluna
-
-            vluna = Vluna.default()
+        vluna = given_or_default(vluna)
         self.id = id
         self.vluna = vluna
         self.identity = identity

@@ -18,7 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"__main__", "cli", "demo"}),
     frozenset({"integrations"}),
     frozenset({"sandbox"}),
-    frozenset({"vluna", "manual"}),
+    frozenset({"vluna", "manual", "billable"}),
     frozenset({"slot"}),
     frozenset({"admission", "lifecycle", "preparation"}),
     frozenset({"process", "runtime"}),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vluna_llm import Vluna, call_context
-from vluna_llm.integrations._billable import BillableTool
+from vluna_llm.billable import BillableTool
 from vluna_llm.sandbox import Sandbox
 from vluna_llm.sandbox.booked import BookedEntry
 

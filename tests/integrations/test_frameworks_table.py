@@ -215,6 +215,8 @@ def test_one_branch_is_refused(scene: Scene) -> None:
     told = scene.play(on_its_way, dict.fromkeys(range(1, 9), "slow"))
     assert isinstance(told.error, GateDenied)
     assert told.error.reason == "entitlement"
+    refused = scene.kind.others.partition(".")[2]
+    assert not any(refused in f"{seen.path} {seen.body}" for seen in scene.provider.posts())
     the_cell(scene, "two branches at once, the gate refuses one")
 
 

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from agents import AgentsException, FunctionTool
 
+from ..billable import BillableTool
 from ..context import within
 from ..errors import ConfigurationError, VlunaError
 from ..manual import OperationContext
 from ..scoped import unset
 from ._agents_payer import Identity, inheriting, run_of
-from ._billable import BillableTool
 from ._default import given_or_default
 from ._looking_like import looking_like
 

@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ..billable import BillableTool
 from ..context import CallContext, telling
 from ..errors import ConfigurationError, VlunaError
-from ._billable import BillableTool
 from ._looking_like import looking_like
 from ._payer import named, tell_nobody
 

@@ -11,8 +11,8 @@ try:
 except ImportError as error:
     raise ImportError("VlunaMiddleware needs LangChain's agents: pip install langchain", name="langchain") from error
 
+from ..billable import BillableTool, billable
 from ..context import make_context, telling, within
-from ._billable import BillableTool, billable
 from ._default import given_or_default
 from ._langchain_model import meter
 from ._langchain_run import paid_by, payer_of, run_of_config

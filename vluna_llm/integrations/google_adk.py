@@ -33,9 +33,9 @@ except ImportError as error:
         name="google.adk",
     ) from error
 
+from ..billable import BillableTool, billable
 from ..context import current_context, enter_context, telling
 from ..errors import VlunaError
-from ._billable import BillableTool, billable
 from ._default import given_or_default
 from ._google_adk_run import (
     Identity,

@@ -41,8 +41,8 @@ from ._langchain_model import MeteredSerialized, meter
 from ._langchain_run import METADATA_KEY, IdentityFunction, Payer
 
 if TYPE_CHECKING:
+    from ..billable import BillableTool
     from ..vluna import Vluna
-    from ._billable import BillableTool
     from ._langchain_agent import VlunaMiddleware
 
 __all__ = ["BillableTool", "VlunaCallbackHandler", "VlunaMiddleware", "may_retry", "wrap_model"]

@@ -37,10 +37,10 @@ except ImportError as error:
         name="agents",
     ) from error
 
+from ..billable import BillableTool
 from ._agents_model import VlunaModel
 from ._agents_payer import Identity, fill_in, lay_down
 from ._agents_tools import Price, twin_of
-from ._billable import BillableTool
 from ._default import given_or_default
 
 if TYPE_CHECKING:

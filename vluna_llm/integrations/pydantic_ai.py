@@ -32,9 +32,9 @@ except ImportError as error:
         name="pydantic_ai",
     ) from error
 
+from ..billable import BillableTool, billable
 from ..context import CallContext, call_context, current_context, telling, within
 from ..errors import ConfigurationError
-from ._billable import BillableTool, billable
 from ._default import given_or_default
 from ._payer import named, tell_nobody
 from ._pydantic_ai_call import Refusals

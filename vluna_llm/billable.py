@@ -1,4 +1,4 @@
-"""Tools of agents that are sold by themselves."""
+"""Tools of agents that are sold by themselves: what one use of them is charged, whatever framework runs them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..manual import OperationContext, RecordedOperation
-    from ..vluna import Vluna
+    from .manual import OperationContext, RecordedOperation
+    from .vluna import Vluna
 
 log = logging.getLogger("vluna_llm")
 

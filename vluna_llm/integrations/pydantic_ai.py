@@ -58,9 +58,9 @@ class VlunaCapability(AbstractCapability[Any]):  # type: ignore[misc]
 
     Args:
         vluna: what meters; `Vluna.default()`, whose settings come from the environment, where not given.
-        identity: given the run's context, names who pays by the arguments of `call_context`, e.g.
-            ``lambda ctx: {"principal_id": ctx.deps.customer_id}``; may be a coroutine function. None, or none given:
-            whoever pays for the surrounding work.
+        identity: given the run's context, names who pays: an id, the arguments of `call_context`, e.g.
+            ``lambda ctx: {"principal_id": ctx.deps.customer_id}``, or a `CallContext`; may be a coroutine function.
+            None, or none given: whoever pays for the surrounding work.
         tools: tools that are sold by themselves: name to feature code or `BillableTool`. Each execution is an
             operation, charged when the tool returns, and with nothing when it raises.
         id: as any capability has it.

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from langchain_stage import Script
+from shown import TOP, python, snippet
 
 from vluna_llm.sandbox import Sandbox
 
 pytest.importorskip("langchain.agents", reason="LangChain's agents are not installed: pip install langchain")
 
-TOP = Path(__file__).resolve().parents[2]
-
-
-def python(arguments: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A Python of the user's own: no setting of this process, a home of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLUNA_", "OPENAI_"))}
-    environment = {**kept, "HOME": str(folder), "XDG_STATE_HOME": str(folder / "state"), **variables}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=90
-    )
-
 
 def test_the_snippet_charges_both_customers(tmp_path: Path) -> None:
     """As pasted: one by the context, one by the config."""
-    snippets = re.findall(r"^```python\n(.*?)^```", (TOP / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
-    (shown,) = [snippet for snippet in snippets if "wrap_model" in snippet]
     script = Script()
     try:
         with Sandbox() as gate:
             settings = {**gate.env(), "OPENAI_BASE_URL": script.base_url, "OPENAI_API_KEY": "none"}
-            ran = python(["-c", shown], tmp_path, **settings)
+            ran = python(["-c", snippet("wrap_model")], tmp_path, **settings)
             assert (ran.returncode, ran.stderr) == (0, "")
             for customer in ("customer_123", "customer_456"):
                 entries = gate.booked(customer).entries

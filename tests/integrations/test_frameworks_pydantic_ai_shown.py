@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from shown import TOP, python, snippet
 
 from vluna_llm.sandbox import Sandbox
 from vluna_llm.sandbox.replay import ReplayUpstream
 
 pytest.importorskip("pydantic_ai", reason="Pydantic AI is not installed: pip install 'pydantic-ai-slim[openai]'")
 
-TOP = Path(__file__).resolve().parents[2]
-README = (TOP / "README.md").read_text(encoding="utf-8")
 # The one word that is changed: no recorded answer is of a model that costs money.
 SHOWN, RECORDED = "gpt-4o-mini", "smollm2-135m-instruct"
 
 
-def run(arguments: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A Python of the user's own: no setting of this process, a home of its own, warnings on standard error."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLUNA_", "OPENAI_"))}
-    path = os.pathsep.join(filter(None, [str(TOP), os.environ.get("PYTHONPATH")]))
-    environment = {**kept, "HOME": str(folder), "XDG_STATE_HOME": str(folder / "state"), "PYTHONPATH": path}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={**environment, **variables},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
 def test_the_snippet_runs_as_it_stands(tmp_path: Path) -> None:
     """It charges the customer whom it names what the provider reported, and warns of nothing."""
-    snippets = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    (snippet,) = [code for code in snippets if "VlunaCapability" in code]
-    assert SHOWN in snippet
+    code = snippet("VlunaCapability")
+    assert SHOWN in code
     with Sandbox() as gate, ReplayUpstream() as provider:
         settings = {**gate.env(), "OPENAI_BASE_URL": provider.base_url, "OPENAI_API_KEY": "none"}
-        shown = run(["-c", snippet.replace(SHOWN, RECORDED)], tmp_path, **settings)
+        shown = python(["-c", code.replace(SHOWN, RECORDED)], tmp_path, **settings)
         assert (shown.returncode, shown.stderr) == (0, "")
         assert shown.stdout.strip()
         (entry,) = gate.booked("customer_123").entries
@@ -54,7 +34,7 @@ def test_the_snippet_runs_as_it_stands(tmp_path: Path) -> None:
 
 def test_the_example_runs_without_keys(tmp_path: Path) -> None:
     """Two turns, a sold tool, a stream; one customer is charged, the one without credit is told so."""
-    shown = run(["-W", "error", str(TOP / "examples" / "pydantic_ai_agent.py")], tmp_path)
+    shown = python(["-W", "error", str(TOP / "examples" / "pydantic_ai_agent.py")], tmp_path)
     assert (shown.returncode, shown.stderr) == (0, "")
     lines = shown.stdout.splitlines()
     assert lines[:2] == ["Ann: Your order has left the warehouse this morning.", "Ann: It comes tomorrow."]

@@ -68,8 +68,8 @@ class VlunaModelProvider(ModelProvider):  # type: ignore[misc]
         inner: the provider of the models; the SDK's own (``MultiProvider()``) where not given, with the default client
             or key of the SDK.
         identity: who pays, by the run's context object (``Runner.run(..., context=...)``): gives an id, the
-            arguments of `call_context` as a dict, or a `CallContext`. It wins over the surrounding ``call_context``, and needs
-            ``hooks=VlunaRunHooks()``. Without it the surrounding ``call_context`` pays.
+            arguments of `call_context` as a dict, or a `CallContext`. It wins over the surrounding ``call_context``,
+            and needs ``hooks=VlunaRunHooks()``. Without it the surrounding ``call_context`` pays.
     """
 
     def __init__(
